@@ -1,0 +1,27 @@
+"""Shared fixtures. `KERAS_BACKEND` chooses the backend of a run, and `python -m tests` runs the suite on all three."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import pytest
+
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real models, tokenizers and recorded outputs that lies beside a checkout."""
+    if not ASSETS.is_dir():
+        pytest.skip(f"the test data is not at {ASSETS}")
+    return ASSETS
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests that do not depend on the backend to the jax run."""
+    if os.environ["KERAS_BACKEND"] == "jax":
+        return
+    deselected = [item for item in items if item.get_closest_marker("backend_independent")]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
