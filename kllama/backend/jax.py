@@ -1,0 +1,101 @@
+"""The primitives on JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "arange",
+    "cast",
+    "compile_function",
+    "concatenate",
+    "concrete",
+    "constant",
+    "cos",
+    "einsum",
+    "fused_attention",
+    "matmul_float32",
+    "maximum",
+    "reduce_max",
+    "reshape",
+    "rms_normalize",
+    "shape",
+    "sin",
+    "softmax",
+    "uniform",
+    "where",
+]
+
+cos, sin, where, maximum, reshape = jnp.cos, jnp.sin, jnp.where, jnp.maximum, jnp.reshape
+einsum, softmax, reduce_max = jnp.einsum, jax.nn.softmax, jnp.max
+
+
+def cast(x, dtype):
+    """Give `x` in `dtype` (a name or a framework dtype)."""
+    return x.astype(dtype)
+
+
+def constant(array: np.ndarray, like):
+    """Put a NumPy array on the device of `like`."""
+    del like  # JAX moves constants to where they are used.
+    return jnp.asarray(array)
+
+
+def arange(length, like):
+    """Count 0, 1, ..., `length` - 1 as int32 on the device of `like`."""
+    del like
+    return jnp.arange(length, dtype="int32")
+
+
+def shape(x) -> tuple:
+    """Give the sizes of `x`: integers, or scalars of the framework where a size is not static."""
+    return x.shape
+
+
+def concatenate(tensors, axis: int):
+    """Join tensors along an axis."""
+    return jnp.concatenate(tensors, axis)
+
+
+def rms_normalize(x, epsilon: float):
+    """Divide `x` (..., D) by the root of its mean square over the last axis, in float32."""
+    x = x.astype("float32")
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + epsilon)
+
+
+def matmul_float32(x, kernel):
+    """Multiply (..., D) by (D, V), accumulated and returned in float32."""
+    return jnp.matmul(x, kernel, preferred_element_type="float32")
+
+
+def fused_attention(query, key, value, mask=None, is_causal: bool = False):
+    """Attend with grouped heads: (B, T, N, H), (B, S, K, H), (B, S, K, H) -> (B, T, N, H), scaled by H ** -0.5."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
+
+
+def concrete(x) -> np.ndarray | None:
+    """Give the values of `x`, or None while a program is being traced and there are none yet."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def uniform(seed, step, size: tuple[int, ...], like):
+    """Draw float32 numbers in [0, 1) that depend on `seed` (int32 scalar), `step` (int32 scalar) and `size` alone."""
+    del like
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), size)
+
+
+def compile_function(function, variables):
+    """Compile `function(*arrays)`, which reads Keras variables.
+
+    Args:
+        function: a pure function of nested arrays, traced once for each set of shapes.
+        variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+    """
+    import keras
+
+    @jax.jit
+    def traced(values, *arrays):
+        with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+            return function(*arrays)
+
+    return lambda *arrays: traced([variable.value for variable in variables], *arrays)

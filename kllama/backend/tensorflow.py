@@ -1,0 +1,86 @@
+"""The primitives on TensorFlow."""
+
+import numpy as np
+import tensorflow as tf
+
+__all__ = [
+    "arange",
+    "cast",
+    "compile_function",
+    "concatenate",
+    "concrete",
+    "constant",
+    "cos",
+    "einsum",
+    "fused_attention",
+    "matmul_float32",
+    "maximum",
+    "reduce_max",
+    "reshape",
+    "rms_normalize",
+    "shape",
+    "sin",
+    "softmax",
+    "uniform",
+    "where",
+]
+
+cos, sin, where, maximum, cast = tf.cos, tf.sin, tf.where, tf.maximum, tf.cast
+einsum, softmax, concatenate, reshape = tf.einsum, tf.nn.softmax, tf.concat, tf.reshape
+reduce_max = tf.reduce_max
+
+# TensorFlow has no fused attention with grouped heads (and `keras.ops.dot_product_attention` fails on one key/value
+# head), so `core/attention.py` takes its own path here.
+fused_attention = None
+
+
+def constant(array: np.ndarray, like):
+    """Put a NumPy array on the device of `like`."""
+    del like  # TensorFlow moves constants to where they are used.
+    return tf.constant(array)
+
+
+def arange(length, like):
+    """Count 0, 1, ..., `length` - 1 as int32 on the device of `like`."""
+    del like
+    return tf.range(length, dtype="int32")
+
+
+def shape(x) -> tuple:
+    """Give the sizes of `x`: integers, or scalars of the framework where a size is not static."""
+    sizes = tf.shape(x)
+    return tuple(sizes[axis] if size is None else size for axis, size in enumerate(x.shape))
+
+
+def rms_normalize(x, epsilon: float):
+    """Divide `x` (..., D) by the root of its mean square over the last axis, in float32."""
+    x = tf.cast(x, "float32")
+    return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + epsilon)
+
+
+def matmul_float32(x, kernel):
+    """Multiply (..., D) by (D, V), accumulated in float32 and returned in float32."""
+    # Rounded once to a half-precision x's dtype before it is widened; a wider result type has no gradient here.
+    return tf.cast(tf.matmul(x, kernel), "float32")
+
+
+def concrete(x) -> np.ndarray | None:
+    """Give the values of `x`, or None while a program is being traced and there are none yet."""
+    return x.numpy() if tf.is_tensor(x) and hasattr(x, "numpy") else None
+
+
+def uniform(seed, step, size: tuple[int, ...], like):
+    """Draw float32 numbers in [0, 1) that depend on `seed` (int32 scalar), `step` (int32 scalar) and `size` alone."""
+    del like
+    return tf.random.stateless_uniform(size, seed=tf.stack([seed, step]))
+
+
+def compile_function(function, variables):
+    """Compile `function(*arrays)`, which reads Keras variables.
+
+    Args:
+        function: a pure function of nested arrays, traced once for each set of shapes.
+        variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+    """
+    del variables  # A tf.function reads its variables at each call.
+    return tf.function(function, jit_compile=True, reduce_retracing=False)

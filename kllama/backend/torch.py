@@ -1,0 +1,112 @@
+"""The primitives on PyTorch."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+__all__ = [
+    "arange",
+    "cast",
+    "compile_function",
+    "concatenate",
+    "concrete",
+    "constant",
+    "cos",
+    "einsum",
+    "fused_attention",
+    "matmul_float32",
+    "maximum",
+    "reduce_max",
+    "reshape",
+    "rms_normalize",
+    "shape",
+    "sin",
+    "softmax",
+    "uniform",
+    "where",
+]
+
+cos, sin, where, einsum, reshape = torch.cos, torch.sin, torch.where, torch.einsum, torch.reshape
+reduce_max = torch.amax
+
+
+def cast(x, dtype):
+    """Give `x` in `dtype` (a name or a framework dtype)."""
+    return x.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def constant(array: np.ndarray, like):
+    """Put a NumPy array on the device of `like`."""
+    return torch.as_tensor(array, device=like.device)
+
+
+def arange(length, like):
+    """Count 0, 1, ..., `length` - 1 as int32 on the device of `like`."""
+    return torch.arange(length, dtype=torch.int32, device=like.device)
+
+
+def shape(x) -> tuple:
+    """Give the sizes of `x`: integers, or scalars of the framework where a size is not static."""
+    return tuple(x.shape)
+
+
+def maximum(x, y):
+    """Give the larger of `x` (a tensor) and `y` (a tensor or a number), element by element."""
+    return torch.clamp(x, min=y)
+
+
+def concatenate(tensors, axis: int):
+    """Join tensors along an axis."""
+    return torch.cat(tensors, axis)
+
+
+def softmax(x, axis: int = -1):
+    """Exponentiate and normalise along an axis."""
+    return torch.softmax(x, axis)
+
+
+def rms_normalize(x, epsilon: float):
+    """Divide `x` (..., D) by the root of its mean square over the last axis, in float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=epsilon)
+
+
+def matmul_float32(x, kernel):
+    """Multiply (..., D) by (D, V), accumulated in float32 and returned in float32."""
+    # A half-precision product is rounded once before it is widened, as in transformers: PyTorch's CPU matmul has no
+    # wider result type, and widening the (D, V) kernel instead would copy the largest matrix of the model.
+    return torch.matmul(x, kernel).float()
+
+
+def fused_attention(query, key, value, mask=None, is_causal: bool = False):
+    """Attend with grouped heads: (B, T, N, H), (B, S, K, H), (B, S, K, H) -> (B, T, N, H), scaled by H ** -0.5."""
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    grouped = query.shape[1] != key.shape[1]
+    context = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=grouped)
+    return context.transpose(1, 2)
+
+
+def concrete(x) -> np.ndarray | None:
+    """Give the values of `x`, or None while a program is being traced and there are none yet."""
+    if x.is_meta or torch.compiler.is_compiling():
+        return None
+    return x.detach().cpu().numpy()
+
+
+def uniform(seed, step, size: tuple[int, ...], like):
+    """Draw float32 numbers in [0, 1) that depend on `seed` (int32 scalar), `step` (int32 scalar) and `size` alone."""
+    # Counter-based, as JAX's and TensorFlow's: PyTorch's own CPU generator reads only 32 bits of a seed.
+    generator = np.random.Generator(np.random.Philox(key=int(seed), counter=int(step)))
+    return torch.as_tensor(generator.random(size, dtype="float32"), device=like.device)
+
+
+def compile_function(function, variables):
+    """Compile `function(*arrays)`, which reads Keras variables.
+
+    PyTorch runs it as it is, without gradients: its variables are read at each call.
+
+    Args:
+        function: a pure function of nested arrays.
+        variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+    """
+    del variables
+    return torch.no_grad()(function)

@@ -1,0 +1,58 @@
+"""Who may see whom: the masks of attention.
+
+Row b of a batch of three, T = 4; `1` in the padding mask is a real token. A query sees the real tokens up to itself,
+and always itself, so that no row of the softmax is empty (what a pad position computes is never read):
+
+    padding mask   0 1 1 1        query 0 sees  0
+                                  query 1 sees    1
+                                  query 2 sees    1 2
+                                  query 3 sees    1 2 3
+"""
+
+import numpy as np
+
+from kllama import backend
+
+
+def causal_mask(padding_mask):
+    """Build the mask of a whole sequence, or None where the causal flag alone says it.
+
+    That is so without padding, and with padding on the right only: no real token comes after a pad, so none sees one.
+    Inside a compiled program the values are not known, and a mask given is a mask built.
+
+    Args:
+        padding_mask: None, or (B, T) with 1 for real tokens.
+
+    Returns:
+        None, or bool (B, 1, T, T): True where query t may see key s.
+    """
+    if padding_mask is None or _is_right_padded(backend.concrete(padding_mask)):
+        return None
+    positions = backend.arange(backend.shape(padding_mask)[1], padding_mask)
+    real = backend.cast(padding_mask, "bool")
+    itself = positions[None, :] == positions[:, None]
+    before = positions[None, :] <= positions[:, None]
+    return (before[None] & (real[:, None, :] | itself[None]))[:, None]
+
+
+def cached_causal_mask(queries, num_slots, start):
+    """Build the mask of T queries at slots `start` to `start + T - 1` of a cache: query t sees slots 0 to start + t.
+
+    Args:
+        queries: a tensor (B, T, ...), for T and the device alone.
+        num_slots: S, the number of slots of the cache.
+        start: int or int32 scalar, the slot of the first query.
+
+    Returns:
+        bool (1, 1, T, S).
+    """
+    positions = backend.arange(backend.shape(queries)[1], queries) + start
+    slots = backend.arange(num_slots, queries)
+    return (slots[None, :] <= positions[:, None])[None, None]
+
+
+def _is_right_padded(padding_mask: np.ndarray | None) -> bool:
+    if padding_mask is None:
+        return False
+    real = padding_mask > 0
+    return bool(np.all(real[:, :-1] >= real[:, 1:]))
