@@ -1,0 +1,307 @@
+"""The closed schema of a Hugging Face `config.json` of model_type "llama", and what counts in `generation_config.json`.
+
+Every key is mapped to an argument of `LlamaBackbone`, ignored for a reason that stands in `IGNORED`, or refused by
+name: one that nobody knows could change the maths. Reads no files and builds no model; `huggingface.py` calls it.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from kllama.checkpoints.reader import listed, shown
+from kllama.core.activations import ACTIVATIONS
+from kllama.core.rope_scaling import ROPE_TYPES, check_rope_scaling
+from kllama.errors import CheckpointError, UnsupportedError
+
+_LOGGER = logging.getLogger(__name__)
+_REQUIRED = object()
+
+
+class _Rule(NamedTuple):
+    expected: str
+    accepts: Callable[[object], bool]
+
+
+def _integer(low: int, high: int) -> _Rule:
+    return _Rule(f"an integer from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+
+
+def _number(expected: str, accepts: Callable[[float], bool]) -> _Rule:
+    return _Rule(f"a number {expected}".rstrip(), lambda value: type(value) in (int, float) and accepts(value))
+
+
+_BOOLEAN = _Rule("true or false", lambda value: type(value) is bool)
+_STRING = _Rule("a string", lambda value: type(value) is str)
+_NUMBER = _number("", lambda value: abs(value) < 1e30)
+_OBJECT = _Rule("an object or null", lambda value: type(value) is dict)
+_LAYERS = _integer(1, 2**16)
+_SIZE = _integer(1, 2**24)
+_POSITIONS = _integer(1, 2**31 - 1)
+
+
+# Those of core/activations.py, written again because that needs a backend and a configuration does not.
+class _Field(NamedTuple):
+    argument: str
+    rule: _Rule
+    default: object  # where the key is absent; None also lets it be null
+
+
+# Defaults are those of transformers' LlamaConfig, which files of the Llama 1 and 2 era rely on.
+# fmt: off
+_FIELDS = {
+    "vocab_size":              _Field("vocabulary_size",     _SIZE,      _REQUIRED),
+    "num_hidden_layers":       _Field("num_layers",          _LAYERS,    _REQUIRED),
+    "num_attention_heads":     _Field("num_query_heads",     _SIZE,      _REQUIRED),
+    "hidden_size":             _Field("hidden_dim",          _SIZE,      _REQUIRED),
+    "intermediate_size":       _Field("intermediate_dim",    _SIZE,      _REQUIRED),
+    "num_key_value_heads":     _Field("num_key_value_heads", _SIZE,      None),
+    "head_dim":                _Field("head_dim",            _SIZE,      None),
+    "rms_norm_eps":            _Field("layer_norm_epsilon",  _number("above 0, at most 1", lambda x: 0 < x <= 1), 1e-6),
+    "tie_word_embeddings":     _Field("tie_word_embeddings", _BOOLEAN,   False),
+    "max_position_embeddings": _Field("max_sequence_length", _POSITIONS, 2048),
+    "attention_bias":          _Field("attention_bias",      _BOOLEAN,   False),
+    "mlp_bias":                _Field("mlp_bias",            _BOOLEAN,   False),
+    "hidden_act":              _Field("activation",          _STRING,    "silu"),
+    "attention_dropout":       _Field("attention_dropout",   _number("from 0, below 1", lambda x: 0 <= x < 1), 0.0),
+    "initializer_range":       _Field("initializer_range",   _number("from 0 to 1", lambda x: 0 <= x <= 1), 0.02),
+}
+# fmt: on
+
+_IGNORED_FOR = {
+    "read elsewhere": "model_type architectures dtype torch_dtype bos_token_id eos_token_id pad_token_id",
+    "says who made the file": "_name_or_path _commit_hash transformers_version unsloth_version unsloth_fixed "
+    "is_llama_config transformers.js_config",
+    "code is never run from a checkpoint": "auto_map trust_remote_code",
+    "a choice of kernel, not of maths": "attn_implementation _attn_implementation _attn_implementation_autoset "
+    "_attn_implementation_internal _flash_attn_2_enabled experts_implementation _experts_implementation",
+    "how the same product was split in training": "pretraining_tp chunk_size_feed_forward",
+    "what a call returns or caches": "use_cache return_dict output_attentions output_hidden_states torchscript "
+    "keys_to_ignore_at_inference",
+    "another framework's storage": "use_bfloat16 tf_legacy_loss",
+    "a decoder-only model is one anyway": "is_decoder decoder_start_token_id sep_token_id",
+    "settings of a classifier, which `architectures` would name": "id2label label2id num_labels problem_type "
+    "finetuning_task task_specific_params",
+    "the tokenizer's own files say it": "tokenizer_class prefix",
+    "max_position_embeddings says it": "max_sequence_length",
+    # Version 4 of transformers fell back to these, version 5 drops them; no logit depends on them.
+    "a default of generate()": "max_length min_length do_sample early_stopping num_beams num_beam_groups temperature "
+    "top_k top_p min_p typical_p epsilon_cutoff eta_cutoff diversity_penalty repetition_penalty length_penalty "
+    "encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
+    "output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values "
+    "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens",
+}
+IGNORED = {key: reason for reason, keys in _IGNORED_FOR.items() for key in keys.split()}
+
+# Read by other models, or by forks of Llama: the values at which Llama stays Llama.
+_NEUTRAL = {
+    "sliding_window": (None,),
+    "use_sliding_window": (None, False),
+    "layer_types": (None,),
+    "per_layer_config": (None,),
+    "rope_interleaved": (None, False),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "pruned_heads": (None, {}),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (None, False),
+    "quantization_config": (None,),
+}
+
+_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
+
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", _ORIGINAL)
+_THETA = _number("above 0, at most 1e12", lambda value: 0 < value <= 1e12)
+
+_TOKEN_ID = _integer(0, 2**31 - 1)
+_TOKEN_IDS = _Rule(
+    "a token id, a list of token ids, or null",
+    lambda value: all(map(_TOKEN_ID.accepts, value if type(value) is list else [value])),
+)
+_GENERATION_RULES = {
+    "do_sample": _BOOLEAN,
+    "temperature": _number("from 0", lambda value: 0 <= value < 1e30),
+    "top_k": _integer(0, 2**31 - 1),
+    "top_p": _number("above 0, at most 1", lambda value: 0 < value <= 1),
+    "min_p": _number("from 0 to 1", lambda value: 0 <= value <= 1),
+    "repetition_penalty": _number("above 0", lambda value: 0 < value < 1e30),
+}
+
+
+def backbone_config(config: dict, source: Path) -> dict:
+    """Translate a `config.json` into the arguments of `LlamaBackbone`.
+
+    Args:
+        config: the content of the file.
+        source: its path, for messages.
+
+    Returns:
+        Keyword arguments, with `num_key_value_heads` and `head_dim` filled in. `rope_scaling` is None for the default
+        RoPE, else one mapping with Hugging Face keys, `rope_type` first, and `original_max_position_embeddings` filled
+        in where the type uses it.
+
+    Raises:
+        UnsupportedError: not Llama, quantised, a classification head, or a setting kllama does not implement.
+        CheckpointError: keys that are unknown or missing, values of the wrong type or out of range.
+    """
+    _check_kind(config, source)
+    _check_keys(config, source)
+    given = {
+        key: config[key] for key in _FIELDS if key in config and (config[key], _FIELDS[key].default) != (None, None)
+    }
+    _check_values(given, {key: field.rule for key, field in _FIELDS.items()}, source)
+    arguments = {field.argument: given.get(key, field.default) for key, field in _FIELDS.items()}
+    if arguments["activation"] not in ACTIVATIONS:
+        activation, allowed = shown(arguments["activation"]), ", ".join(ACTIVATIONS)
+        raise UnsupportedError(f"{source}: hidden_act = {activation}; expected one of {allowed}.")
+    _fill_heads(arguments, source)
+    theta, scaling = _rope(config, arguments["head_dim"], arguments["max_sequence_length"], source)
+    return {**arguments, "rope_max_wavelength": theta, "rope_scaling": scaling}
+
+
+def token_ids(config: dict, key: str, source: Path) -> list[int]:
+    """Return the token ids under a key that may hold one, a list, null, or nothing."""
+    value = config.get(key)
+    if value is None:
+        return []
+    _check_values({key: value}, {key: _TOKEN_IDS}, source)
+    return value if isinstance(value, list) else [value]
+
+
+def generation_settings(config: dict, source: Path) -> dict:
+    """Return the sampling settings of a `generation_config.json`, checked.
+
+    The other keys of that file say how transformers' own generate() runs; none of them changes a logit.
+
+    Raises:
+        CheckpointError: a setting of the wrong type or out of range.
+    """
+    given = {key: config[key] for key in _GENERATION_RULES if config.get(key) is not None}
+    _check_values(given, _GENERATION_RULES, source)
+    return given
+
+
+def _check_kind(config: dict, source: Path) -> None:
+    """Refuse, before any detail, what is not a float Llama for causal language modelling."""
+    if config.get("model_type") != "llama":
+        raise UnsupportedError(
+            f'{source}: not Llama: model_type = {shown(config.get("model_type"))}; expected "llama".'
+        )
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedError(
+            f"{source}: quantization_config.quant_method = {shown(method)}; expected weights that are not quantised. "
+            "Use the original checkpoint."
+        )
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(name in _ARCHITECTURES for name in architectures):
+        raise UnsupportedError(
+            f"{source}: architectures = {shown(architectures)}; expected {' or '.join(_ARCHITECTURES)}."
+        )
+
+
+def _check_keys(config: dict, source: Path) -> None:
+    refused = [key for key, neutral in _NEUTRAL.items() if key in config and config[key] not in neutral]
+    if refused:
+        received = listed(
+            f"{key} = {shown(config[key])}; expected {' or '.join(map(shown, _NEUTRAL[key]))}" for key in refused
+        )
+        raise UnsupportedError(f"{source}: {received}. kllama does not implement this for Llama.")
+    known = {*_FIELDS, *_ROPE_KEYS, *_NEUTRAL, *IGNORED}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise CheckpointError(
+            f"{source}: unknown keys: {listed(map(shown, unknown))}. Remove them if they do not change the model."
+        )
+    missing = [key for key, field in _FIELDS.items() if field.default is _REQUIRED and key not in config]
+    if missing:
+        raise CheckpointError(f"{source}: missing keys: {listed(missing)}.")
+    if config.get("auto_map"):
+        _LOGGER.info("%s: auto_map is ignored: no code of a checkpoint is ever run.", source)
+
+
+def _check_values(values: dict, rules: dict[str, _Rule], source: Path | str) -> None:
+    """List every value that its rule does not accept."""
+    wrong = [key for key, value in values.items() if not rules[key].accepts(value)]
+    if wrong:
+        received = listed((f"{key} = {shown(values[key])}; expected {rules[key].expected}" for key in wrong), ". ")
+        raise CheckpointError(f"{source}: {received}.")
+
+
+def _fill_heads(arguments: dict, source: Path) -> None:
+    """Fill in `num_key_value_heads` and `head_dim`, and check that the heads fit each other."""
+    heads, hidden_dim = arguments["num_query_heads"], arguments["hidden_dim"]
+    if arguments["num_key_value_heads"] is None:
+        arguments["num_key_value_heads"] = heads
+    if arguments["head_dim"] is None:
+        _check_multiple("hidden_size", hidden_dim, "num_attention_heads", heads, source)
+        arguments["head_dim"] = hidden_dim // heads
+    _check_multiple("num_attention_heads", heads, "num_key_value_heads", arguments["num_key_value_heads"], source)
+    if arguments["head_dim"] % 2:
+        raise CheckpointError(f"{source}: head_dim = {arguments['head_dim']}; expected an even number.")
+
+
+def _check_multiple(name: str, value: int, divisor_name: str, divisor: int, source: Path) -> None:
+    if value % divisor:
+        raise CheckpointError(f"{source}: {name} = {value}; expected a multiple of {divisor_name} ({divisor}).")
+
+
+def _rope(config: dict, head_dim: int, max_positions: int, source: Path) -> tuple[float, dict | None]:
+    """Return theta and the scaling, from the form of transformers 4 or 5.
+
+    Version 4 writes `rope_theta` and `rope_scaling`, version 5 `rope_parameters`. A `rope_scaling` that is not empty
+    replaces `rope_parameters` whole; theta is the one inside the mapping, else the one beside it, else 10000.
+    """
+    mappings = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None}
+    _check_values(mappings, {key: _OBJECT for key in mappings}, source)
+    field = "rope_scaling" if mappings.get("rope_scaling") else "rope_parameters"
+    rope = mappings.get(field, {})
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise UnsupportedError(
+            f"{source}: {field} is nested by layer type ({listed(nested)}); expected one for all layers."
+        )
+    beside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    rope = {**_without_null(beside), **_without_null(rope)}
+
+    theta = rope.pop("rope_theta", 10000.0)
+    _check_values({"rope_theta": theta}, {"rope_theta": _THETA}, source)
+    rotated = rope.pop("partial_rotary_factor", 1)
+    if rotated != 1:
+        raise UnsupportedError(f"{source}: partial_rotary_factor = {shown(rotated)}; expected 1, the whole head.")
+    rope_type = _pop_rope_type(rope, f"{source}: {field}.rope_type")
+    if rope_type == "default":
+        if rope:
+            unknown = listed(map(shown, rope))
+            raise CheckpointError(f"{source}: {field}: unknown keys: {unknown}; expected none besides rope_theta.")
+        return theta, None
+    required, optional = ROPE_TYPES[rope_type]
+    if _ORIGINAL in required + optional:  # the one beside the mapping wins: Phi-3 writes it there
+        rope[_ORIGINAL] = _without_null(config).get(_ORIGINAL, rope.get(_ORIGINAL, max_positions))
+    try:
+        return theta, check_rope_scaling({"rope_type": rope_type, **rope}, head_dim, max_positions)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {field}: {error}") from error
+
+
+def _without_null(mapping: dict) -> dict:
+    return {key: value for key, value in mapping.items() if value is not None}
+
+
+def _pop_rope_type(rope: dict, field: str) -> str:
+    """Take `rope_type` and its older spelling `type` out of the mapping."""
+    names = {key: rope.pop(key) for key in ("rope_type", "type") if key in rope}
+    names = {key: "longrope" if name == "su" else name for key, name in names.items()}
+    rope_type = names.get("rope_type", names.get("type", "default"))
+    if names.get("type", rope_type) != rope_type:
+        raise CheckpointError(f'{field} = {shown(rope_type)}; expected the same as "type" ({shown(names["type"])}).')
+    allowed = ("default", *ROPE_TYPES)
+    if not isinstance(rope_type, str) or rope_type not in allowed:
+        raise UnsupportedError(f"{field} = {shown(rope_type)}; expected one of {', '.join(allowed)}.")
+    return rope_type

@@ -1,0 +1,59 @@
+"""Which format a checkpoint has, told by its content, and the reader of that format."""
+
+import os
+from pathlib import Path
+
+from kllama.checkpoints.catalogue import builtin_presets
+from kllama.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
+from kllama.checkpoints.preset import PresetCheckpoint, is_preset
+from kllama.errors import MissingFileError, UnsupportedError
+
+_FORMATS = ((is_preset, PresetCheckpoint), (is_huggingface, HuggingFaceCheckpoint))
+
+
+def open_checkpoint(handle: str | os.PathLike):
+    """Open a checkpoint: check it, without reading its weights yet.
+
+    Args:
+        handle: the name of a built-in preset, or the path of a preset directory or of a Hugging Face directory.
+
+    Returns:
+        An object with the attributes `path`, `backbone_config` (arguments of `LlamaBackbone`), `dtype` (the file's
+        own), `has_head` (False for a base model), `tokenizer_config` (arguments of `LlamaTokenizer`, or None),
+        `preprocessor_config` and `generation_config`, and the method `tensors()`, which yields (variable path, array)
+        one at a time.
+
+    Raises:
+        MissingFileError: if there is nothing of that name.
+        UnsupportedError: if the format is not one that kllama reads.
+        CheckpointError: if a file is damaged, or does not fit the others.
+    """
+    path = _locate(handle)
+    for is_format, checkpoint_class in _FORMATS:
+        if is_format(path):
+            return checkpoint_class(path)
+    raise UnsupportedError(
+        f"{path}: holds no checkpoint that kllama reads; expected a directory with the config.json of a kllama preset "
+        "or of a Hugging Face Llama."
+    )
+
+
+def _locate(handle) -> Path:
+    if not isinstance(handle, str | os.PathLike):
+        raise TypeError(f"preset ({handle!r}) must be a string or a path.")
+    presets = builtin_presets()
+    if handle in presets:
+        return presets[handle]
+    if "://" in str(handle):
+        raise UnsupportedError(
+            f"{handle}: kllama does not download from hubs yet; expected a path. Download the repository and pass its "
+            "folder."
+        )
+    path = Path(handle).expanduser()
+    if not path.exists():
+        raise MissingFileError(
+            f"{handle}: no such preset; expected a built-in name {sorted(presets)}, or the path of a preset directory "
+            "or of a Hugging Face directory.",
+            filename=str(handle),
+        )
+    return path

@@ -1,0 +1,386 @@
+"""A Hugging Face directory: `config.json` and safetensors, one file or shards, with the tokenizer files beside them.
+
+Opening checks all that can be known without reading weights: the schema of the configuration, the exact set of tensors,
+their shapes and dtypes, and that the tokenizer fits. It builds no model and needs no transformers; `models/` opens a
+checkpoint through it and assigns what `tensors()` yields. Pickles (`pytorch_model.bin`) are never read.
+"""
+
+import fnmatch
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kllama.checkpoints.config import backbone_config, generation_settings, token_ids
+from kllama.checkpoints.name_map import expected_tensors, num_parameters
+from kllama.checkpoints.reader import (
+    FLOAT_DTYPES,
+    LISTED,
+    SafetensorsFile,
+    StoredTensor,
+    check_file_name,
+    listed,
+    read_json,
+    shown,
+)
+from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDINGS = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+TOKENIZER_LIMIT = 64 * 2**20
+
+IGNORED_SUFFIX = (
+    ".rotary_emb.inv_freq"  # frequencies that old versions saved, some in float16; they follow from the config
+)
+
+
+def is_huggingface(path: str | Path) -> bool:
+    """Whether `path` is a directory whose `config.json` names a `model_type`.
+
+    Raises:
+        CheckpointError: there is a `config.json`, but it is not sound.
+    """
+    config = Path(path) / "config.json"
+    return config.is_file() and "model_type" in read_json(config)
+
+
+class HuggingFaceCheckpoint:
+    """An opened Hugging Face directory of model_type "llama".
+
+    Args:
+        path: the directory.
+
+    Attributes:
+        path: the directory.
+        backbone_config: keyword arguments of `LlamaBackbone`, without `dtype`.
+        has_head: whether there is an output head. A base model (`LlamaModel`) has none: its `backbone_config` then says
+            `tie_word_embeddings`, and only the backbone's hidden states mean anything.
+        dtype: the configuration's "float32", "bfloat16" or "float16", else that of the stored embedding.
+        tokenizer_config: keyword arguments of `LlamaTokenizer`, or None where there is no `tokenizer.json`.
+        preprocessor_config: keyword arguments of `LlamaCausalLMPreprocessor` besides the tokenizer.
+        generation_config: `stop_token_ids` and the sampling settings that the files give.
+
+    Raises:
+        MissingFileError: the directory, `config.json`, the weights or a shard are not there.
+        UnsupportedError: a sound checkpoint of something kllama does not read.
+        CheckpointError: anything that is wrong, damaged or ambiguous.
+
+    Example:
+
+    ```python
+    checkpoint = HuggingFaceCheckpoint("models/stories260K")
+    shapes = {path: array.shape for path, array in checkpoint.tensors()}
+    shapes["transformer_layer_0/self_attention/query/kernel"]  # (64, 8, 8)
+    ```
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        names = _list_directory(self.path)
+        config_file = self.path / "config.json"
+        config = read_json(config_file)
+        self.backbone_config = backbone_config(config, config_file)
+        self._stored = _find_tensors(self.path, names)
+        self.has_head = self.backbone_config["tie_word_embeddings"] or HEAD in self._stored
+        if not self.has_head:
+            self.backbone_config["tie_word_embeddings"] = True
+        _check_tensors(self.backbone_config, self._stored, self.path)
+        self.dtype = _read_dtype(config, self._stored[EMBEDDINGS].entry.dtype)
+
+        vocabulary_size = self.backbone_config["vocabulary_size"]
+        self.tokenizer_config, self.preprocessor_config = None, {}
+        if "tokenizer.json" in names:
+            settings = _read_if(names, self.path / "tokenizer_config.json")
+            self.tokenizer_config = _tokenizer_config(self.path / "tokenizer.json", vocabulary_size, settings, config)
+            self.preprocessor_config = _preprocessor_config(self.tokenizer_config, settings)
+        self.generation_config = _generation_config(self.path, names, vocabulary_size, config)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each variable's path and its array, in kllama's shape and the stored dtype, one at a time.
+
+        Raises:
+            CheckpointError: values that are not finite, a tied head that differs from the embedding, or a file that
+                changed since it was opened.
+        """
+        if self.backbone_config["tie_word_embeddings"] and HEAD in self._stored:
+            _check_equal(self._stored[EMBEDDINGS], self._stored[HEAD])
+        for tensor in expected_tensors(self.backbone_config):
+            yield tensor.path, tensor.to_kllama(self._stored[tensor.huggingface].read())
+
+
+class _Stored(NamedTuple):
+    """A tensor and the file that holds it, under the name it has there."""
+
+    file: SafetensorsFile
+    name: str
+
+    @property
+    def entry(self) -> StoredTensor:
+        return self.file.tensors[self.name]
+
+    def read(self) -> np.ndarray:
+        return self.file.read(self.name)
+
+
+def _list_directory(path: Path) -> list[str]:
+    try:
+        names = sorted(os.listdir(path))
+    except FileNotFoundError as error:
+        message = f"{path}: does not exist; expected a directory with config.json and weights."
+        raise MissingFileError(message, str(path)) from error
+    except OSError as error:
+        message = f"{path}: cannot be listed ({error.strerror}, errno {error.errno}); expected a directory."
+        raise CheckpointError(message) from error
+    incomplete = fnmatch.filter(names, "*.incomplete")
+    if incomplete:
+        raise CheckpointError(f"{path}: an interrupted download: {listed(map(shown, incomplete))}. Download it again.")
+    return names
+
+
+def _find_tensors(directory: Path, names: list[str]) -> dict[str, _Stored]:
+    """Open the weights and return what they hold, by full Hugging Face name."""
+    if SINGLE in names and INDEX in names:
+        raise CheckpointError(f"{directory}: two weight sets, {SINGLE} and {INDEX}; expected one. Remove the other.")
+    if INDEX in names:
+        stored = _open_shards(directory / INDEX)
+    elif SINGLE in names:
+        file = SafetensorsFile(directory / SINGLE)
+        stored = {name: _Stored(file, name) for name in file.tensors}
+    else:
+        raise _no_weights(directory, names)
+    stored = {name: place for name, place in stored.items() if not name.endswith(IGNORED_SUFFIX)}
+    if EMBEDDINGS.removeprefix("model.") in stored and EMBEDDINGS not in stored:
+        # LlamaModel, the base model, saves its tensors without `model.`; the head, if any, has no prefix either way.
+        return {name if name == HEAD else f"model.{name}": place for name, place in stored.items()}
+    return stored
+
+
+def _no_weights(directory: Path, names: list[str]) -> CheckpointError:
+    if fnmatch.filter(names, "pytorch_model*.bin"):
+        return UnsupportedError(
+            f"{directory}: only pytorch_model.bin; expected {SINGLE} or {INDEX}. A pickle can run code, so it is not "
+            "read: convert it with transformers, `AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`."
+        )
+    if fnmatch.filter(names, "consolidated.*"):
+        return UnsupportedError(
+            f"{directory}: only consolidated.*, Meta's own layout; expected {SINGLE} or {INDEX}. "
+            "Download the files that Hugging Face's transformers reads."
+        )
+    return MissingFileError(f"{directory}: no weights; expected {SINGLE} or {INDEX}.", str(directory / SINGLE))
+
+
+def _open_shards(index: Path) -> dict[str, _Stored]:
+    """Open the files of an index. What it says and what they hold must agree, name by name."""
+    content = read_json(index)
+    unknown = sorted(set(content) - {"metadata", "weight_map"})
+    weight_map = content.get("weight_map")
+    if unknown or not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: keys = {listed(map(shown, content))}; expected metadata and a weight_map.")
+    for name, shard in weight_map.items():
+        check_file_name(shard, f"{index}: weight_map[{shown(name)}]")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).exists()]
+    if missing:
+        raise MissingFileError(f"{index}: missing shards: {listed(missing)}.", str(index.parent / missing[0]))
+
+    stored: dict[str, _Stored] = {}
+    for shard in shards:
+        file = SafetensorsFile(index.parent / shard)
+        for name in file.tensors:
+            if name in stored:
+                raise CheckpointError(
+                    f"{index}: {shown(name)} is in two shards, {stored[name].file.path.name} and {shard}."
+                )
+            stored[name] = _Stored(file, name)
+    _check_index(index, weight_map, stored)
+    return stored
+
+
+def _check_index(index: Path, weight_map: dict[str, str], stored: dict[str, _Stored]) -> None:
+    actual = {name: place.file.path.name for name, place in stored.items()}
+    wrong = sorted(name for name in {*weight_map, *actual} if weight_map.get(name) != actual.get(name))
+    if wrong:
+        received = listed(f"{shown(name)} = {weight_map.get(name)}; found in {actual.get(name)}" for name in wrong)
+        raise CheckpointError(f"{index}: weight_map disagrees with the shards: {received}.")
+
+
+def _check_tensors(config: dict, stored: dict[str, _Stored], directory: Path) -> None:
+    """Compare what the configuration needs with what the files hold: dtypes, the exact set of names, shapes."""
+    _check_dtypes(stored, directory)
+    _check_bytes(config, stored, directory)
+    # Lazily: at most ten missing names are looked for, however many layers the configuration claims.
+    missing = (tensor.huggingface for tensor in expected_tensors(config) if tensor.huggingface not in stored)
+    missing = list(islice(missing, LISTED))
+    if missing:
+        raise CheckpointError(f"{directory}: missing tensors: {listed(missing)}.")
+
+    expected = {tensor.huggingface: tensor.huggingface_shape for tensor in expected_tensors(config)}
+    expected.setdefault(HEAD, expected[EMBEDDINGS])  # a tied file may carry a copy
+    unexpected = sorted(set(stored) - set(expected))
+    if unexpected:
+        names = listed(shown(stored[name].name) for name in unexpected)
+        raise CheckpointError(f"{directory}: tensors that the configuration does not use: {names}.")
+    _check_shapes(expected, stored, directory)
+
+
+def _check_dtypes(stored: dict[str, _Stored], directory: Path) -> None:
+    wrong = {place.name: place.entry.dtype for place in stored.values() if place.entry.dtype not in FLOAT_DTYPES}
+    if wrong:
+        kinds = sorted(set(wrong.values()))
+        verdict = "float64 is not read" if kinds == ["F64"] else f"looks quantised: found {listed(kinds)}"
+        names = listed(f"{shown(name)} is {dtype}" for name, dtype in wrong.items())
+        raise UnsupportedError(f"{directory}: {verdict} ({names}); expected {', '.join(FLOAT_DTYPES)}.")
+
+
+def _check_bytes(config: dict, stored: dict[str, _Stored], directory: Path) -> None:
+    """Refuse sizes that the files cannot hold. A file that lacks less than half is told which tensors are missing."""
+    needed = num_parameters(config) * min(dtype.itemsize for dtype in FLOAT_DTYPES.values())
+    held = sum(place.entry.num_bytes for place in stored.values())
+    if needed > 2 * held:
+        raise CheckpointError(
+            f"{directory}: config.json needs at least {_size(needed)}, the files hold {_size(held)}. "
+            "They belong to different models, or files are missing."
+        )
+
+
+def _size(num_bytes: int) -> str:
+    unit = min(len(str(num_bytes)) - 1, 12) // 3
+    return f"{num_bytes / 1000**unit:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def _check_shapes(expected: dict[str, tuple[int, ...]], stored: dict[str, _Stored], directory: Path) -> None:
+    wrong = [name for name in expected if name in stored and stored[name].entry.shape != expected[name]]
+    if not wrong:
+        return
+    rows, (vocabulary_size, hidden_dim) = stored[EMBEDDINGS].entry.shape, expected[EMBEDDINGS]
+    if len(rows) == 2 and rows[1] == hidden_dim and rows[0] > vocabulary_size:
+        raise UnsupportedError(
+            f"{directory}: {EMBEDDINGS} has {rows[0]} rows, vocab_size = {vocabulary_size}; expected the same number. "
+            "Padded vocabularies are not read: cut the rows off, or set vocab_size to their number."
+        )
+    received = listed((f"{name} = {stored[name].entry.shape}; expected {expected[name]}" for name in wrong), ". ")
+    raise CheckpointError(f"{directory}: {received}.")
+
+
+def _check_equal(embeddings: _Stored, head: _Stored) -> None:
+    first, second = embeddings.read(), head.read()
+    if not np.array_equal(first, second):
+        difference = np.max(np.abs(first.astype(np.float32) - second.astype(np.float32)))
+        raise CheckpointError(
+            f"{head.file.path}: tie_word_embeddings is true, but {HEAD} and {EMBEDDINGS} are both present and differ "
+            f"by up to {difference:.3g}; expected equal values. Set tie_word_embeddings to false to use both."
+        )
+
+
+def _read_dtype(config: dict, stored_dtype: str) -> str:
+    names = {name: dtype.name for name, dtype in FLOAT_DTYPES.items()}
+    claimed = config.get("dtype") or config.get("torch_dtype")
+    return claimed if claimed in names.values() else names[stored_dtype]
+
+
+def _read_if(names: list[str], path: Path) -> dict:
+    """Read a JSON file that a directory need not have."""
+    return read_json(path) if path.name in names else {}
+
+
+def _read_vocabulary(path: Path, vocabulary_size: int) -> dict[str, int]:
+    """Return the ids of a `tokenizer.json` by token, all of them below the number of embedding rows."""
+    document = read_json(path, TOKENIZER_LIMIT)
+    try:
+        entries = document["model"]["vocab"]
+        if isinstance(entries, list):  # Unigram: pairs of token and score, the id is the place in the list
+            entries = {token: token_id for token_id, (token, _) in enumerate(entries)}
+        added = {token["content"]: token["id"] for token in document.get("added_tokens") or ()}
+        vocabulary = {**entries, **added}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected model.vocab and added_tokens as the tokenizers library writes them."
+        ) from error
+    wrong = [token for token, token_id in vocabulary.items() if type(token_id) is not int or token_id < 0]
+    if wrong:
+        raise CheckpointError(f"{path}: ids that are not integers from 0: {listed(map(shown, wrong))}.")
+    outside = [f"{shown(token)} = {token_id}" for token, token_id in vocabulary.items() if token_id >= vocabulary_size]
+    if outside:
+        raise CheckpointError(
+            f"{path}: ids without an embedding row: {listed(outside)}; expected below {vocabulary_size}."
+        )
+    return vocabulary
+
+
+def _tokenizer_config(path: Path, vocabulary_size: int, settings: dict, config: dict) -> dict:
+    """Name the special tokens: as `tokenizer_config.json` does, else by the ids in `config.json`."""
+    vocabulary = _read_vocabulary(path, vocabulary_size)
+    tokens = {"pad_token": _token(settings.get("pad_token"), path, "pad_token", vocabulary)}
+    for name in ("bos_token", "eos_token"):
+        if name in settings:
+            tokens[name] = _token(settings[name], path, name, vocabulary)
+        else:
+            tokens[name] = _token_of_id(config, f"{name}_id", path, vocabulary)
+    return {
+        "tokenizer": str(path),
+        "start_token": tokens["bos_token"],
+        "end_token": tokens["eos_token"],
+        "pad_token": tokens["pad_token"],
+    }
+
+
+def _preprocessor_config(tokenizer_config: dict, settings: dict) -> dict:
+    """Say which of the start and end tokens texts do not get; by default they get both."""
+    adds = {
+        "add_start_token": tokenizer_config["start_token"] is not None
+        and _adds_start_token(tokenizer_config, settings),
+        "add_end_token": tokenizer_config["end_token"] is not None,
+    }
+    return {name: False for name, is_added in adds.items() if not is_added}
+
+
+def _adds_start_token(tokenizer_config: dict, settings: dict) -> bool:
+    """Tell whether texts begin with the start token: by `add_bos_token`, else the post-processor, else the class."""
+    if isinstance(settings.get("add_bos_token"), bool):
+        return settings["add_bos_token"]
+    processor = read_json(Path(tokenizer_config["tokenizer"]), TOKENIZER_LIMIT).get("post_processor") or {}
+    templates = [part["single"] for part in processor.get("processors", [processor]) if part.get("single")]
+    if templates:
+        return any(
+            template[0].get("SpecialToken", {}).get("id") == tokenizer_config["start_token"] for template in templates
+        )
+    return str(settings.get("tokenizer_class", "LlamaTokenizer")).startswith("Llama")
+
+
+def _token(value: object, path: Path, name: str, vocabulary: dict[str, int]) -> str | None:
+    """Return the text of a special token, which the file spells as a string or as an object with its `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is None or (isinstance(text, str) and text in vocabulary):
+        return text
+    source = path.with_name("tokenizer_config.json")
+    raise CheckpointError(f"{source}: {name} = {shown(value)}; expected a token of {path.name}.")
+
+
+def _token_of_id(config: dict, name: str, path: Path, vocabulary: dict[str, int]) -> str | None:
+    """Return the text of the token that `config.json` names by its id, or by the first id of a list."""
+    source = path.with_name("config.json")
+    ids = token_ids(config, name, source)
+    if not ids:
+        return None
+    tokens = [token for token, token_id in vocabulary.items() if token_id == ids[0]]
+    if not tokens:
+        raise CheckpointError(f"{source}: {name} = {ids[0]}; expected an id of {path.name}.")
+    return tokens[-1]  # an added token, which stands last, hides the plain one of its id
+
+
+def _generation_config(directory: Path, names: list[str], vocabulary_size: int, config: dict) -> dict:
+    source = directory / "generation_config.json"
+    content = _read_if(names, source)
+    settings = generation_settings(content, source)
+    if not token_ids(content, "eos_token_id", source):
+        content, source = config, directory / "config.json"
+    stop_token_ids = token_ids(content, "eos_token_id", source)
+    outside = [str(token_id) for token_id in stop_token_ids if token_id >= vocabulary_size]
+    if outside:
+        raise CheckpointError(f"{source}: eos_token_id = {listed(outside)}; expected ids below {vocabulary_size}.")
+    return {"stop_token_ids": stop_token_ids, **settings} if stop_token_ids else settings

@@ -1,0 +1,69 @@
+"""Building a model without random weights, and filling it with a checkpoint's.
+
+Knows Keras variables and NumPy arrays; knows no file format. Called by `models/`.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import keras
+import numpy as np
+from keras.src.backend.common import global_state
+
+from kllama.checkpoints import progress
+from kllama.errors import CheckpointError
+
+_WAITING = "uninitialized_variables"
+
+
+@contextmanager
+def uninitialized_weights() -> Iterator[None]:
+    """Build models inside with variables that have a shape and a dtype but no values yet."""
+    # Keras keeps a list of variables to initialize at the end of the next scope. These get their values here instead.
+    others = global_state.get_global_attribute(_WAITING, [])
+    global_state.set_global_attribute(_WAITING, [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(_WAITING, others)
+
+
+def assign_weights(model: keras.Model, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Give every weight of a model built under `uninitialized_weights` its value, one tensor at a time.
+
+    Each tensor goes straight to its weight's dtype, so at most one is held besides the model. What is no weight (the
+    state of random generators) gets the value its own initializer gives.
+
+    Args:
+        model: the model.
+        tensors: (variable path, array) for each weight, in any order.
+
+    Raises:
+        CheckpointError: if a tensor has no weight or a weight no tensor, if one is given twice, or a shape differs.
+    """
+    waiting, filled = {weight.path: weight for weight in model.weights}, set()
+    for path, array in progress.track(tensors, "loading weights", total=len(waiting)):
+        if path in filled:
+            raise CheckpointError(f"{path}: the checkpoint gives a tensor twice; expected each once.")
+        if path not in waiting:
+            raise CheckpointError(f"{path}: the checkpoint gives a tensor for it; expected one of the model's weights.")
+        filled.add(path)
+        _initialize(waiting.pop(path), array)
+    if waiting:
+        raise CheckpointError(
+            f"{sorted(waiting)[:10]}: the checkpoint gives no tensor for these {len(waiting)} weights."
+        )
+    for variable in model.variables:
+        if variable._value is None:
+            variable._deferred_initialize()
+
+
+def _initialize(variable: keras.Variable, array: np.ndarray) -> None:
+    if tuple(array.shape) != tuple(variable.shape):
+        raise CheckpointError(f"{variable.path}: shape = {tuple(array.shape)}; expected {tuple(variable.shape)}.")
+    # PyTorch keeps the memory it is given: one plain block, as other weights have, that training may write to.
+    array = np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"])
+    # Keras has no public way to give an uninitialized variable its first value.
+    variable._initialize(keras.ops.convert_to_tensor(array, dtype=variable.dtype))
+    variable._initializer = None
