@@ -1,0 +1,515 @@
+"""The tokenizer against recorded ids of the reference libraries, and against files and inputs that are wrong."""
+
+import copy
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import tokenizers
+
+from kllama.errors import CheckpointError, MissingFileError
+from kllama.text import tokenizer_json
+from kllama.text.tokenizer import LlamaTokenizer
+
+# Folder under the assets: (column of mixed_text.json, column of llama_cpp.json, columns of special_tokens.json).
+GOLDENS = {
+    "tokenizers/llama3_2": ("llama3", "llama_bpe", "llama3_plain", "llama3_parsed"),
+    "tokenizers/gpt2": ("gpt2", "gpt_2", None, "gpt2_parsed"),
+    "models/smollm2-135m-instruct": ("smollm2", None, None, None),
+    "models/stories260K": ("stories260k", None, None, None),
+    "models/stories15M": ("llama2", "llama_spm", "llama2_plain", "llama2_parsed"),
+}
+ALL_BYTES = ("tokenizers/llama3_2", "tokenizers/gpt2")  # that of SmolLM2 has no token for some control characters
+
+
+def tiny_json(**model) -> dict:
+    """A tokenizer.json with the tokens a, b, c, bc, abc and the special <s>, </s>."""
+    vocabulary = {"a": 0, "b": 1, "c": 2, "bc": 3, "abc": 4}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 5, "content": "<s>", **special}, {"id": 6, "content": "</s>", **special}],
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": ["b c"], **model},
+    }
+
+
+# Without added tokens, whose ids the library checks against the size of the vocabulary.
+BARE = {**tiny_json(), "added_tokens": []}
+
+
+def tiny(**kwargs) -> LlamaTokenizer:
+    return LlamaTokenizer(tiny_json(), **kwargs)
+
+
+@functools.cache
+def opened(assets, folder, **kwargs) -> LlamaTokenizer:
+    return LlamaTokenizer(assets / folder / "tokenizer.json", **kwargs)
+
+
+def golden(assets, name) -> dict:
+    return json.loads((assets / "goldens" / "tokenizers" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def mismatches(tokenizer, texts, expected) -> list[str]:
+    rows = zip(texts, tokenizer(texts), expected, strict=True)
+    return [text for text, ids, ids_expected in rows if ids != ids_expected]
+
+
+class TestGoldens:
+    @pytest.mark.parametrize("folder", GOLDENS)
+    def test_mixed_text(self, assets, folder):
+        recorded = golden(assets, "mixed_text")
+        assert mismatches(opened(assets, folder), recorded["texts"], recorded[GOLDENS[folder][0]]) == []
+
+    @pytest.mark.parametrize("folder", [folder for folder, columns in GOLDENS.items() if columns[1]])
+    def test_llama_cpp(self, assets, folder):
+        recorded = golden(assets, "llama_cpp")
+        assert mismatches(opened(assets, folder), recorded["texts"], recorded[GOLDENS[folder][1]]) == []
+
+    @pytest.mark.parametrize("folder", [folder for folder, columns in GOLDENS.items() if columns[2]])
+    def test_special_spellings_are_text_by_default(self, assets, folder):
+        recorded = golden(assets, "special_tokens")
+        assert mismatches(opened(assets, folder), recorded["texts"], recorded[GOLDENS[folder][2]]) == []
+
+    @pytest.mark.parametrize("folder", [folder for folder, columns in GOLDENS.items() if columns[3]])
+    def test_special_spellings_parsed(self, assets, folder):
+        recorded = golden(assets, "special_tokens")
+        expected = recorded[GOLDENS[folder][3]]
+        if folder == "models/stories15M":
+            expected = [row[1:] for row in expected]  # recorded with the start token that the preprocessor adds
+        assert mismatches(opened(assets, folder, parse_special=True), recorded["texts"], expected) == []
+
+    def test_sentencepiece_decoding(self, assets):
+        recorded = golden(assets, "mixed_text")
+        assert opened(assets, "models/stories15M").detokenize(recorded["llama2"]) == recorded["llama2_decode"]
+
+    @pytest.mark.parametrize("folder", ALL_BYTES)
+    def test_byte_level_round_trip(self, assets, folder):
+        tokenizer = opened(assets, folder)
+        rng = np.random.default_rng(0)
+        points = rng.choice([*range(32, 127), *range(0x0, 0x20), *range(0x80, 0x900), 0x1F999, 0x200B], (500, 30))
+        texts = ["".join(map(chr, row)) for row in points] + golden(assets, "mixed_text")["texts"]
+        assert tokenizer.detokenize(tokenizer(texts)) == texts
+
+
+class TestTokenize:
+    def test_a_text_is_an_array_and_a_batch_is_lists(self):
+        tokenizer = tiny()
+        ids = tokenizer("abca")
+        assert isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.tolist() == [0, 3, 0]
+        assert tokenizer(["abca", ""]) == [[0, 3, 0], []]
+        assert tokenizer(("a", "b")) == [[0], [1]]
+        assert tokenizer(np.array(["a", "b"])) == [[0], [1]]
+        assert tokenizer([]) == []
+        assert tokenizer("").shape == (0,) and tokenizer("").dtype == np.int32
+
+    def test_dtype_of_one_text(self):
+        assert tiny(dtype="int64")("a").dtype == np.int64
+        with pytest.raises(ValueError, match="dtype = 'float32'"):
+            tiny(dtype="float32")
+
+    @pytest.mark.parametrize("row", [None, 3, 1.5, b"a", ["a"], {"a": 1}])
+    def test_a_row_that_is_no_text(self, row):
+        with pytest.raises(TypeError, match=r"texts\[1\]"):
+            tiny()(["a", row])
+
+    @pytest.mark.parametrize("text", [None, 3, b"a", np.array([1, 2]), np.array([["a"]])])
+    def test_an_input_that_is_no_text(self, text):
+        with pytest.raises(TypeError, match="expected a str"):
+            tiny().tokenize(text)
+
+    def test_lone_surrogates_are_replaced(self, assets):
+        tokenizer = opened(assets, "tokenizers/llama3_2")
+        assert tokenizer.detokenize(tokenizer("a\ud800b \udc00")) == "a\ufffdb \ufffd"
+        assert tokenizer.detokenize(tokenizer("\ud83e\udd99")) == "\U0001f999"  # a pair of halves is its character
+
+    @pytest.mark.parametrize("text", ["\0a\0", "\u202eabc", " " * 100_000, "a" * 100_000])
+    def test_hostile_text_survives(self, assets, text):
+        tokenizer = opened(assets, "tokenizers/llama3_2")
+        assert tokenizer.detokenize(tokenizer(text)) == text
+
+    def test_every_word_of_the_vocabulary_is_its_own_id_with_ignore_merges(self):
+        # KH-T3: no merge leads to "abc".
+        assert LlamaTokenizer(tiny_json(ignore_merges=True))("abc").tolist() == [4]
+        assert tiny()("abc").tolist() == [0, 3]
+
+    def test_no_merges(self):
+        assert LlamaTokenizer(tiny_json(merges=[]))("abc").tolist() == [0, 1, 2]
+
+    def test_settings_of_a_call_in_the_file_do_not_count(self):
+        encoder = tokenizers.Tokenizer.from_str(json.dumps(tiny_json()))
+        encoder.enable_truncation(2)
+        encoder.enable_padding(length=9)
+        assert LlamaTokenizer(encoder.to_str())("aaaa").tolist() == [0, 0, 0, 0]
+
+    def test_start_and_end_are_special_whatever_the_file_says(self):
+        content = tiny_json()
+        content["added_tokens"][1]["special"] = False
+        assert LlamaTokenizer(content)("a</s>").tolist() == [0, 6]
+        tokenizer = LlamaTokenizer(content, end_token="</s>")
+        assert 6 not in tokenizer("a</s>") and tokenizer.special_token_ids == [5, 6]
+        assert LlamaTokenizer(content, end_token="</s>", parse_special=True)("a</s>").tolist() == [0, 6]
+        assert LlamaTokenizer(content, end_token="</s>", pad_token="</s>").special_token_ids == [5, 6]
+
+    @pytest.mark.parametrize("special", [True, False])
+    def test_start_and_end_keep_their_flags(self, special):
+        content = tiny_json(vocab={"a": 0, "b": 1, "c": 2, "bc": 3, " ": 4})
+        content["added_tokens"][1].update(rstrip=True, special=special)
+        tokenizer = LlamaTokenizer(content, start_token="<s>", end_token="</s>", parse_special=True)
+        assert tokenizer("a</s>  b<s> c").tolist() == [0, 6, 1, 5, 4, 2]
+
+    def test_start_that_is_not_among_the_added_tokens(self):
+        assert LlamaTokenizer(BARE, start_token="abc", parse_special=True)("abca").tolist() == [4, 0]
+        tokenizer = LlamaTokenizer(BARE, start_token="abc")
+        assert tokenizer("abca").tolist() == [0, 3, 0] and tokenizer.special_token_ids == [4]
+
+
+class TestDetokenize:
+    @pytest.mark.parametrize("kind", [list, tuple, np.array, lambda ids: keras.ops.convert_to_tensor(ids, "int32")])
+    def test_kinds_of_ids(self, kind):
+        assert tiny().detokenize(kind([0, 3, 0])) == "a bc a"
+
+    def test_shapes(self, assets):
+        tokenizer = opened(assets, "tokenizers/gpt2")
+        assert tokenizer.detokenize(15496) == "Hello"
+        assert tokenizer.detokenize([15496, 995]) == "Hello world"
+        assert tokenizer.detokenize([[15496], [995, 15496]]) == ["Hello", " worldHello"]
+        assert tokenizer.detokenize([np.array([15496]), keras.ops.convert_to_tensor([995])]) == ["Hello", " world"]
+        assert tokenizer.detokenize(keras.ops.convert_to_tensor([[15496, 995]])) == ["Hello world"]
+        assert tokenizer.detokenize([]) == "" and tokenizer.detokenize([[]]) == [""]
+
+    def test_special_tokens_stay_unless_skipped(self, assets):
+        # KH-T8
+        tokenizer = opened(assets, "tokenizers/llama3_2")
+        ids = [128000, 9906, 128009]
+        assert tokenizer.detokenize(ids) == "<|begin_of_text|>Hello<|eot_id|>"
+        assert tokenizer.detokenize(ids, skip_special_tokens=True) == "Hello"
+
+    def test_spaces_are_not_cleaned_up(self, assets):
+        tokenizer = opened(assets, "tokenizers/llama3_2")
+        assert tokenizer.detokenize(tokenizer("Hello , world ' s")) == "Hello , world ' s"
+
+    @pytest.mark.parametrize("token_id", [-1, 7, 2**31, 2**70])
+    def test_no_token_has_the_id(self, token_id):
+        with pytest.raises(ValueError, match=f"id = {token_id}; expected"):
+            tiny().detokenize([[0], [0, token_id]])
+
+    def test_holes_have_no_token(self):
+        tokenizer = LlamaTokenizer({"model": {"type": "BPE", "vocab": {"a": 0, "b": 2}, "merges": []}})
+        assert tokenizer.vocabulary_size() == 3 and tokenizer.get_vocabulary() == ["a", None, "b"]
+        with pytest.raises(ValueError, match="id = 1;"):
+            tokenizer.detokenize([1])
+        with pytest.raises(ValueError, match="id = 1;"):
+            tokenizer.id_to_token(1)
+
+    @pytest.mark.parametrize("ids", [[1.0], ["a"], "a", [None], [True], [[0], [0.5]], np.array([0.0]), [0, [1]]])
+    def test_ids_that_are_no_integers(self, ids):
+        with pytest.raises(TypeError, match="expected an integer"):
+            tiny().detokenize(ids)
+
+
+class TestVocabulary:
+    @pytest.mark.parametrize(
+        "folder, size",
+        [("tokenizers/llama3_2", 128256), ("tokenizers/gpt2", 50257), ("models/stories15M", 32000)],
+    )
+    def test_every_id_counts_and_decodes(self, assets, folder, size):
+        # KH-T5: reserved tokens are part of the vocabulary.
+        tokenizer = opened(assets, folder)
+        vocabulary = tokenizer.get_vocabulary()
+        assert tokenizer.vocabulary_size() == len(vocabulary) == size
+        assert all(isinstance(token, str) for token in vocabulary)
+        assert len(tokenizer.detokenize([[token_id] for token_id in range(size)])) == size
+        for token_id in (0, 5, 258, size - 1):
+            assert tokenizer.token_to_id(tokenizer.id_to_token(token_id)) == token_id
+
+    def test_special_tokens(self, assets):
+        tokenizer = opened(
+            assets, "tokenizers/llama3_2", start_token="<|begin_of_text|>", end_token="<|eot_id|>", pad_token="!"
+        )
+        assert (tokenizer.start_token, tokenizer.start_token_id) == ("<|begin_of_text|>", 128000)
+        assert (tokenizer.end_token, tokenizer.end_token_id) == ("<|eot_id|>", 128009)
+        assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("!", 0)
+        assert tokenizer.special_token_ids == [*range(128000, 128256)]  # "!" remains an ordinary token
+        assert tokenizer.special_tokens[:2] == ["<|begin_of_text|>", "<|end_of_text|>"]
+
+    def test_without_named_tokens(self):
+        tokenizer = tiny()
+        assert tokenizer.start_token_id is None and tokenizer.end_token_id is None and tokenizer.pad_token_id == 0
+
+    @pytest.mark.parametrize("name", ["start_token", "end_token", "pad_token"])
+    def test_named_token_that_does_not_exist(self, name):
+        with pytest.raises(ValueError, match=f"{name} = '<nope>'; expected one of the 7 tokens"):
+            tiny(**{name: "<nope>"})
+        with pytest.raises(TypeError, match=f"{name} = 5; expected a str"):
+            tiny(**{name: 5})
+
+    def test_unknown_token(self):
+        with pytest.raises(ValueError, match="token = 'zz'"):
+            tiny().token_to_id("zz")
+
+    def test_without_a_vocabulary(self):
+        with pytest.raises(ValueError, match="expected a vocabulary"):
+            LlamaTokenizer()("a")
+
+    def test_unknown_keyword(self):
+        with pytest.raises((TypeError, ValueError), match="start_tokn"):
+            LlamaTokenizer(start_tokn="<s>")
+
+
+class TestSources:
+    def test_all_sources_are_one(self, tmp_path):
+        text = json.dumps(tiny_json())
+        path = tmp_path / "tokenizer.json"
+        path.write_text(text, encoding="utf-8")
+        sources = (path, str(path), text, tiny_json(), tokenizers.Tokenizer.from_str(text))
+        assert [LlamaTokenizer(source)("abc").tolist() for source in sources] == [[0, 3]] * 5
+
+    def test_arguments_are_left_alone(self):
+        # KH-S9
+        content = tiny_json()
+        before = copy.deepcopy(content)
+        encoder = tokenizers.Tokenizer.from_str(json.dumps(content))
+        written = encoder.to_str()
+        LlamaTokenizer(content, start_token="a")
+        LlamaTokenizer(encoder, start_token="a")
+        assert content == before and encoder.to_str() == written and not encoder.encode_special_tokens
+
+    def test_no_file(self, tmp_path):
+        for path in (tmp_path / "nothing.json", tmp_path, "x" * 10_000, "a\0b"):
+            with pytest.raises(MissingFileError):
+                LlamaTokenizer(path)
+        with pytest.raises(TypeError, match="received int"):
+            LlamaTokenizer(3)
+
+
+def damaged(edit) -> str:
+    content = copy.deepcopy(BARE)
+    edit(content)
+    return json.dumps(content)
+
+
+def damaged_added(**fields) -> str:
+    content = tiny_json()
+    content["added_tokens"][1].update(fields)
+    return json.dumps(content)
+
+
+BAD_FILES = {
+    "empty": "{",
+    "truncated": json.dumps(tiny_json())[:-40],
+    "no model": "{}",
+    "not an object": "{} []",
+    "deep": '{"a":' + "[" * 100_000,
+    "duplicate key": json.dumps(BARE).replace('"a": 0', '"a": 0, "a": 0'),
+    "duplicate id": damaged(lambda content: content["model"]["vocab"].update(z=3)),
+    "added token takes an id": damaged_added(id=0),
+    "added token out of order": damaged_added(id=60),
+    "added token differs": damaged_added(content="a"),
+    "negative id": damaged(lambda content: content["model"]["vocab"].update(z=-1)),
+    "id of 2^22": damaged(lambda content: content["model"]["vocab"].update(z=2**22)),
+    "id of 2^31": damaged(lambda content: content["model"]["vocab"].update(z=2**31)),
+    "id of 2^32": damaged(lambda content: content["model"]["vocab"].update(z=2**32)),
+    "float id": damaged(lambda content: content["model"]["vocab"].update(z=7.5)),
+    "null id": damaged(lambda content: content["model"]["vocab"].update(z=None)),
+    "no tokens": '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    "merge of an unknown token": damaged(lambda content: content["model"].update(merges=["b z"])),
+    "merge of one": damaged(lambda content: content["model"].update(merges=["b"])),
+    "merge of three": damaged(lambda content: content["model"].update(merges=[["a", "b", "c"]])),
+    "merge twice": damaged(lambda content: content["model"].update(merges=["b c", "b c"])),
+    "broken regex": damaged(
+        lambda content: content.update(
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}
+        )
+    ),
+    "lone surrogate": '{"model": "\\ud800"}',
+}
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize("fault", BAD_FILES)
+    def test_damaged(self, fault):
+        with pytest.raises(CheckpointError):
+            LlamaTokenizer(BAD_FILES[fault])
+
+    def test_random_bytes(self, tmp_path):
+        rng = np.random.default_rng(1)
+        path = tmp_path / "tokenizer.json"
+        for size in (0, 1, 100, 10_000):
+            path.write_bytes(rng.bytes(size))
+            with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+                LlamaTokenizer(path)
+
+    def test_cut_anywhere(self):
+        text = json.dumps(tiny_json())
+        for length in range(1, len(text), 7):
+            with pytest.raises(CheckpointError):
+                LlamaTokenizer(text[:length])
+
+    def test_huge(self, tmp_path, monkeypatch):
+        assert tokenizer_json.MAX_BYTES == 64 * 2**20
+        monkeypatch.setattr(tokenizer_json, "MAX_BYTES", 1000)
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(tiny_json()) + " " * 1000, encoding="utf-8")
+        with pytest.raises(CheckpointError, match="size = more than 1000 bytes"):
+            LlamaTokenizer(path)
+
+    def test_a_dict_that_is_no_json(self):
+        with pytest.raises(CheckpointError):
+            LlamaTokenizer({"model": {1, 2}})
+
+    def test_a_panic_of_the_regex_is_an_error_of_the_file(self, capfd):
+        split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+        tokenizer = LlamaTokenizer({**tiny_json(), "pre_tokenizer": split})
+        for texts in ("a" * 40 + "c", ["a", "a" * 40 + "c"]):
+            with pytest.raises(CheckpointError, match="retry-limit"):
+                tokenizer(texts)
+        assert tokenizer("a").tolist() == [0]
+
+    @pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit, MemoryError])
+    def test_interrupts_pass_through(self, signal):
+        with pytest.raises(signal), tokenizer_json.rust_errors("x"):
+            raise signal
+
+
+OPTIONS = {
+    "start_token": "<s>",
+    "end_token": "</s>",
+    "pad_token": "c",
+    "parse_special": True,
+    "dtype": "int64",
+    "name": "other",
+    "trainable": False,
+    "config_file": "other.json",
+}
+
+
+class TestSaving:
+    def test_config_holds_every_argument_but_the_vocabulary(self):
+        tokenizer = tiny(**OPTIONS)
+        config = tokenizer.get_config()
+        assert set(config) == set(OPTIONS)
+        assert {key: value for key, value in config.items() if key != "dtype"} == {
+            key: value for key, value in OPTIONS.items() if key != "dtype"
+        }
+        again = LlamaTokenizer.from_config(json.loads(json.dumps(config)))
+        assert again.get_config() == config and again.dtype == "int64"
+
+    def test_keras_serialization(self):
+        # KH-S8: the end token survives.
+        config = keras.saving.serialize_keras_object(tiny(**OPTIONS))
+        assert config["registered_name"] == "kllama>LlamaTokenizer"
+        assert keras.saving.deserialize_keras_object(json.loads(json.dumps(config))).end_token == "</s>"
+
+    def test_a_config_names_no_file(self, tmp_path):
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(tiny_json()), encoding="utf-8")
+        with pytest.raises(CheckpointError, match="expected no such key"):
+            LlamaTokenizer.from_config({"tokenizer": str(path)})
+
+    @pytest.mark.parametrize("folder", GOLDENS)
+    def test_assets(self, assets, folder, tmp_path):
+        tokenizer = opened(assets, folder)
+        assert tokenizer.file_assets == ["tokenizer.json"]
+        tokenizer.save_assets(str(tmp_path))
+        again = LlamaTokenizer()
+        again.load_assets(str(tmp_path))
+        texts = golden(assets, "mixed_text")["texts"]
+        assert again(texts) == tokenizer(texts) and again.get_vocabulary() == tokenizer.get_vocabulary()
+
+    def test_assets_with_another_vocabulary(self, tmp_path):
+        tiny().save_assets(str(tmp_path))
+        with pytest.raises(CheckpointError, match="start_token = '<bos>'"):
+            LlamaTokenizer(start_token="<bos>").load_assets(str(tmp_path))
+
+    def test_assets_that_are_not_there(self, tmp_path):
+        with pytest.raises(MissingFileError):
+            LlamaTokenizer().load_assets(str(tmp_path))
+        with pytest.raises(MissingFileError) as caught:
+            LlamaTokenizer().load_assets(None)
+        assert "not in the saved model" in caught.value.args[0]
+
+    def test_preset_layout(self, tmp_path):
+        tiny(**{**OPTIONS, "config_file": "tokenizer.json"}).save_to_preset(str(tmp_path))
+        assert (tmp_path / "tokenizer.json").is_file() and (tmp_path / "assets/tokenizer/tokenizer.json").is_file()
+        config = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+        again = keras.saving.deserialize_keras_object(config)
+        again.load_preset_assets(str(tmp_path))
+        assert again("a</s>").tolist() == [0, 6] and again.pad_token_id == 2
+
+    def test_pickle_and_copy(self):
+        for again in (pickle.loads(pickle.dumps(tiny(**OPTIONS))), copy.deepcopy(tiny(**OPTIONS))):
+            assert again("bc</s>").tolist() == [3, 6] and again.get_config() == tiny(**OPTIONS).get_config()
+
+    def test_is_a_keras_hub_tokenizer(self):
+        assert issubclass(LlamaTokenizer, keras_hub.tokenizers.Tokenizer)
+        assert keras.saving.get_registered_object("kllama>LlamaTokenizer") is LlamaTokenizer
+
+    @pytest.mark.backend_independent
+    def test_config_does_not_depend_on_the_hash_seed(self, tmp_path):
+        # KH-S10
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(tiny_json()), encoding="utf-8")
+        code = (
+            "import json; from kllama.text.tokenizer import LlamaTokenizer; "
+            f"t = LlamaTokenizer({str(path)!r}, start_token='<s>', end_token='</s>', pad_token='a'); "
+            "print(json.dumps(t.get_config()), t.special_tokens, t.special_token_ids)"
+        )
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", code],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for seed in ("0", "1")
+        ]
+        first, second = [run.communicate()[0] for run in runs]
+        assert first == second and "start_token" in first
+
+
+class TestTensorFlowGraph:
+    @pytest.fixture
+    def tf(self):
+        return pytest.importorskip("tensorflow", reason="tokenizing in a tf.data pipeline needs TensorFlow")
+
+    @pytest.mark.parametrize("folder", ["tokenizers/llama3_2", "models/stories15M"])
+    def test_ids_are_those_of_an_eager_call(self, tf, assets, folder):
+        # KH-T2
+        tokenizer = opened(assets, folder)
+        texts = golden(assets, "mixed_text")["texts"]
+        expected = tokenizer(texts)
+        dataset = tf.data.Dataset.from_tensor_slices(texts)
+        singles = [ids.numpy().tolist() for ids in dataset.map(tokenizer, num_parallel_calls=2)]
+        batches = [row for batch in dataset.batch(50).map(tokenizer) for row in batch.to_list()]
+        assert singles == expected and batches == expected
+
+    def test_element_types(self, tf):
+        dataset = tf.data.Dataset.from_tensor_slices(["a", "bc"])
+        assert dataset.map(tiny()).element_spec == tf.TensorSpec((None,), "int32")
+        assert dataset.map(tiny(dtype="int64")).element_spec.dtype == tf.int64
+        ragged = dataset.batch(2, drop_remainder=True).map(tiny()).element_spec
+        assert ragged == tf.RaggedTensorSpec((2, None), "int32")
+
+    def test_function_and_eager_tensors(self, tf):
+        tokenizer = tiny()
+        assert tf.function(tokenizer.tokenize)(tf.constant("bca")).numpy().tolist() == [3, 0]
+        assert tf.function(lambda: tokenizer("bca"))().numpy().tolist() == [3, 0]
+        assert tokenizer(tf.constant("bca")).tolist() == [3, 0]
+        assert tokenizer(tf.constant(["bca", ""])) == [[3, 0], []]
+
+    def test_bytes_that_are_no_utf8(self, tf, assets):
+        tokenizer = opened(assets, "tokenizers/llama3_2")
+        dataset = tf.data.Dataset.from_tensor_slices([b"a\xff\0b"]).map(tokenizer)
+        assert tokenizer.detokenize(next(iter(dataset))) == "a\ufffd\0b"
+
+    def test_numbers_are_refused(self, tf):
+        with pytest.raises(TypeError, match="expected a string tensor"):
+            tf.data.Dataset.from_tensor_slices([1, 2]).map(tiny())
