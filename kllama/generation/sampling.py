@@ -1,0 +1,109 @@
+"""Choosing the next token from its logits. A sampler sees logits, never the model.
+
+The order is transformers': temperature, then top-k, then top-p, then a draw from what is left.
+"""
+
+import dataclasses
+import math
+
+import keras_hub
+from keras import ops
+
+from kllama import backend
+from kllama.arguments import check_integer, check_number
+
+REMOVED = -1e30
+"""The logit of a token that cannot be drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token.
+
+    Attributes:
+        temperature: at least 0; what logits are divided by. 0 means greedy: the token with the largest logit.
+        top_k: keep the k tokens with the largest logits, or None for all.
+        top_p: keep the fewest tokens whose probabilities sum to at least p, in (0, 1].
+
+    Raises:
+        TypeError: for a value of the wrong type.
+        ValueError: for a value out of range.
+
+    References: Fan et al., "Hierarchical Neural Story Generation" (arXiv:1805.04833), section 5.3 (top-k); Holtzman et
+    al., "The Curious Case of Neural Text Degeneration" (arXiv:1904.09751), section 3.1 (top-p).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        check_number("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+        check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "greater than 0 and at most 1")
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, minimum=1)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token with the largest logit is taken."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def sampling_of(sampler) -> Sampling | None:
+    """Translate a KerasHub sampler, or give None for one that has to run its own loop (beam search, a subclass)."""
+    if type(sampler) is keras_hub.samplers.GreedySampler:
+        return GREEDY
+    if type(sampler) is keras_hub.samplers.RandomSampler:
+        return Sampling(sampler.temperature)
+    if type(sampler) is keras_hub.samplers.TopKSampler:
+        return Sampling(sampler.temperature, top_k=sampler.k)
+    if type(sampler) is keras_hub.samplers.TopPSampler and sampler.k is None:
+        return Sampling(sampler.temperature, top_p=sampler.p)
+    return None
+
+
+def choose(logits, sampling: Sampling, seed, step):
+    """Choose one token for each row.
+
+    Args:
+        logits: float32 (B, V).
+        sampling: how.
+        seed: int32 scalar; the same seed and step give the same noise.
+        step: int32 scalar, the position that is being filled.
+
+    Returns:
+        int32 (B,).
+    """
+    if sampling.is_greedy:
+        return ops.cast(ops.argmax(logits, axis=-1), "int32")
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    return draw(logits, seed, step)
+
+
+def keep_top_k(logits, k: int):
+    """Remove all but the k largest logits of each row (and what equals the k-th); (B, V) -> (B, V)."""
+    smallest_kept = ops.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
+    return ops.where(logits < smallest_kept, REMOVED, logits)
+
+
+def keep_top_p(logits, p: float):
+    """Remove all but the fewest largest logits of each row whose probabilities sum to at least p; (B, V) -> (B, V)."""
+    order = ops.flip(ops.argsort(logits, axis=-1), axis=-1)
+    probabilities = ops.softmax(ops.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = ops.cumsum(probabilities, axis=-1) - probabilities
+    kept = ops.take_along_axis(before < p, ops.argsort(order, axis=-1), axis=-1)
+    return ops.where(kept, logits, REMOVED)
+
+
+def draw(logits, seed, step):
+    """Draw a token of each row from the softmax of its logits, by the Gumbel-max trick; (B, V) -> int32 (B,)."""
+    noise = backend.uniform(seed, step, backend.shape(logits), logits)
+    gumbel = -ops.log(-ops.log(ops.clip(noise, 1e-20, 1 - 1e-7)))
+    return ops.cast(ops.argmax(logits + gumbel, axis=-1), "int32")

@@ -1,0 +1,222 @@
+"""The arguments of `generate`, checked and settled before any model runs; the same words on every backend."""
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from numbers import Integral
+
+import keras
+import numpy as np
+
+from kllama.arguments import check_integer
+from kllama.generation.sampling import GREEDY, Sampling, sampling_of
+
+KERAS_HUB_DEFAULT = Sampling(top_k=5)
+"""What `compile(sampler="top_k")` means."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, and the way back from token ids to what the caller passed.
+
+    Attributes:
+        rows: one int32 array of token ids a row.
+        width: the width that the caller's padded ids had, or None for text.
+        finish_text: function ({"token_ids", "padding_mask"}) -> list of strings, or None where ids were passed.
+        is_single: whether the caller passed one string.
+    """
+
+    rows: list
+    width: int | None = None
+    finish_text: object = None
+    is_single: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.rows
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self.rows], "int32")
+
+    def padded(self, width: int) -> np.ndarray:
+        """Give the token ids as int32 (B, width), padded with 0 on the right."""
+        return np.stack([np.pad(row, (0, width - len(row))) for row in self.rows]).astype("int32")
+
+    def mask(self, width: int) -> np.ndarray:
+        """Give the padding mask that belongs to `padded(width)`: bool (B, width)."""
+        return np.arange(width) < self.lengths[:, None]
+
+    def finish(self, token_ids: np.ndarray, lengths: np.ndarray, *, strip_prompt: bool):
+        """Turn generated rows into what `generate` gives back."""
+        starts = self.lengths if strip_prompt else np.zeros_like(lengths)
+        rows = [row[start:end] for row, start, end in zip(token_ids, starts, lengths, strict=True)]
+        finished = Prompts(rows)
+        width = max(1, int(finished.lengths.max()))
+        outputs = {"token_ids": finished.padded(width), "padding_mask": finished.mask(width)}
+        if self.finish_text is None:
+            return outputs
+        texts = self.finish_text(outputs)
+        return texts[0] if self.is_single else texts
+
+
+def read_prompts(inputs, preprocessor) -> Prompts:
+    """Read text or token ids.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for text without a preprocessor, and for a padding mask that does not pad on the right.
+    """
+    if isinstance(inputs, Mapping):
+        return _read_token_ids(inputs)
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
+        inputs = inputs.tolist()
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(
+            f"inputs ({type(inputs).__name__}) must be a string, a list of strings, or a dict of token_ids and "
+            "padding_mask."
+        )
+    if preprocessor is None:
+        raise ValueError("inputs are text, but the model has no preprocessor; expected a dict of token_ids.")
+    return Prompts(_tokenize(texts, preprocessor), None, preprocessor.generate_postprocess, isinstance(inputs, str))
+
+
+def _tokenize(texts, preprocessor) -> list[np.ndarray]:
+    if not texts:
+        return []
+    # Wide enough for all of them: a token stands for at least a byte. What is too long is told by `check_lengths`.
+    width = max(len(text.encode("utf-8", "replace")) for text in texts) + 16
+    prompts = preprocessor.generate_preprocess(texts, sequence_length=width)
+    token_ids, mask = (keras.ops.convert_to_numpy(prompts[name]) for name in ("token_ids", "padding_mask"))
+    return [row[keep.astype(bool)].astype("int32") for row, keep in zip(token_ids, mask, strict=True)]
+
+
+def _read_token_ids(inputs: Mapping) -> Prompts:
+    if "token_ids" not in inputs:
+        raise ValueError(f"inputs has the keys {sorted(inputs)}; expected 'token_ids' and 'padding_mask'.")
+    token_ids = keras.ops.convert_to_numpy(inputs["token_ids"])
+    if token_ids.ndim != 2 or not np.all(token_ids == np.floor(token_ids)):
+        raise ValueError(f"inputs['token_ids'] has shape {token_ids.shape}; expected integers of shape (B, T).")
+    mask = inputs.get("padding_mask")
+    mask = np.ones(token_ids.shape, bool) if mask is None else keras.ops.convert_to_numpy(mask).astype(bool)
+    if mask.shape != token_ids.shape:
+        raise ValueError(
+            f"inputs['padding_mask'] has shape {mask.shape}; expected that of token_ids {token_ids.shape}."
+        )
+    if np.any(mask[:, 1:] & ~mask[:, :-1]):
+        raise ValueError("inputs['padding_mask'] has a real token after padding; expected padding on the right only.")
+    rows = [row[: keep.sum()].astype("int32") for row, keep in zip(token_ids, mask, strict=True)]
+    return Prompts(rows, width=token_ids.shape[1])
+
+
+def check_ids(prompts: Prompts, vocabulary_size: int) -> None:
+    """Raise a ValueError for an empty row and for an id that is not in the vocabulary."""
+    for index, row in enumerate(prompts.rows):
+        if not len(row):
+            raise ValueError(f"inputs row {index} has no tokens; expected at least one (a start token, say).")
+        wrong = row[(row < 0) | (row >= vocabulary_size)]
+        if len(wrong):
+            raise ValueError(
+                f"inputs row {index} holds the token id {wrong[0]}; expected ids from 0 to {vocabulary_size - 1}."
+            )
+
+
+def resolve_limits(prompts: Prompts, max_length, max_new_tokens, preprocessor, max_sequence_length) -> np.ndarray:
+    """Settle the length, prompt included, at which each row ends: int32 (B,).
+
+    Raises:
+        TypeError: for a length that is no integer.
+        ValueError: for a length below 1, for both kinds of length, and for one beyond the model's positions.
+    """
+    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+        if value is not None:
+            check_integer(name, value, minimum=1)
+    if max_length is not None and max_new_tokens is not None:
+        raise ValueError(
+            f"max_length ({max_length}) and max_new_tokens ({max_new_tokens}) are both given; expected one."
+        )
+    if max_new_tokens is not None:
+        limits = prompts.lengths + max_new_tokens
+    else:
+        if max_length is None:
+            max_length = _default_max_length(prompts, preprocessor, max_sequence_length)
+        limits = np.full(len(prompts.rows), max_length)
+    if limits.max() >= 2**31:
+        raise ValueError(f"max_length ({limits.max()}, prompt included) must be less than 2 ** 31.")
+    if max_sequence_length is not None and limits.max() > max_sequence_length:
+        raise ValueError(
+            f"max_length ({limits.max()}, prompt included) must be at most the model's max_sequence_length "
+            f"({max_sequence_length})."
+        )
+    return limits.astype("int32")
+
+
+def check_lengths(prompts: Prompts, limits: np.ndarray) -> None:
+    """Raise a ValueError for a prompt that is longer than its limit."""
+    for index, (length, limit) in enumerate(zip(prompts.lengths, limits, strict=True)):
+        if length > limit:
+            raise ValueError(f"inputs row {index}: the prompt has {length} tokens, max_length is {limit}.")
+
+
+def resolve_stop_token_ids(stop_token_ids, preprocessor, generation_config: Mapping, backbone) -> list[int]:
+    """Settle the ids that end a row; an empty list for none."""
+    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+        ids = set(generation_config.get("stop_token_ids", ()))
+        if preprocessor is not None and preprocessor.tokenizer.end_token_id is not None:
+            ids.add(preprocessor.tokenizer.end_token_id)
+        return sorted(ids)
+    if stop_token_ids is None:
+        return []
+    if isinstance(stop_token_ids, str) or not all(
+        isinstance(i, Integral) and not isinstance(i, bool) for i in stop_token_ids
+    ):
+        raise TypeError(f"stop_token_ids ({stop_token_ids!r}) must be 'auto', None, or a list of token ids.")
+    wrong = [i for i in stop_token_ids if not 0 <= i < backbone.vocabulary_size]
+    if wrong:
+        raise ValueError(f"stop_token_ids holds {wrong}; expected ids from 0 to {backbone.vocabulary_size - 1}.")
+    return sorted({int(i) for i in stop_token_ids})
+
+
+def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping) -> Sampling | None:
+    """Settle how to sample: what the call says, else `compile`, else the checkpoint, else KerasHub's default.
+
+    Args:
+        call: `temperature`, `top_k` and `top_p` of the call, None where it does not say.
+        compiled_sampler: the sampler that `compile` was given, or None for "auto".
+        generation_config: the checkpoint's.
+
+    Returns:
+        How to sample; None if the compiled sampler has to run its own loop.
+    """
+    said = {name: value for name, value in call.items() if value is not None}
+    if said:
+        return Sampling(**said)
+    if compiled_sampler is not None:
+        return sampling_of(compiled_sampler)
+    if generation_config.get("do_sample") is False:
+        return GREEDY
+    wanted = {name: generation_config[name] for name in ("temperature", "top_k", "top_p") if name in generation_config}
+    return Sampling(**wanted) if wanted else KERAS_HUB_DEFAULT
+
+
+def resolve_seed(seed, sampler) -> int:
+    """Settle the seed: the call's, else the next of a compiled sampler that was given a seed, else a new one.
+
+    New ones come from Python's generator, as Keras' do, so `keras.utils.set_random_seed` makes them repeat.
+    """
+    if seed is not None:
+        check_integer("seed", seed, minimum=0)
+        if seed >= 2**31:
+            raise ValueError(f"seed ({seed}) must be less than 2 ** 31.")
+        return int(seed)
+    if vars(sampler).get("seed") is None:
+        return random.randrange(2**31)
+    state = keras.ops.convert_to_numpy(sampler.seed_generator.next()).astype("int64")
+    return int((state[0] * 1_000_003 + state[1]) % 2**31)
+
+
+def _default_max_length(prompts, preprocessor, max_sequence_length):
+    if prompts.width is not None:
+        return prompts.width
+    return min(preprocessor.sequence_length, max_sequence_length or preprocessor.sequence_length)

@@ -1,0 +1,252 @@
+"""The Llama architecture as a functional Keras model: token ids -> hidden states.
+
+What it does not do: no text, no logits, no loading of formats (`checkpoints/` opens files and names their tensors; this
+file builds the model that they describe and fills it).
+"""
+
+import contextlib
+
+import keras
+import keras_hub
+from keras_hub.src.utils.preset_utils import register_presets
+
+from kllama.checkpoints.catalogue import builtin_presets
+from kllama.checkpoints.formats import open_checkpoint
+from kllama.checkpoints.weights import assign_weights, uninitialized_weights
+from kllama.errors import CheckpointError
+from kllama.layers.causal_mask import CausalMask
+from kllama.layers.decoder_layer import LlamaDecoderLayer
+from kllama.layers.rms_norm import RMSNorm
+from kllama.layers.rotary_embedding import RotaryEmbedding
+from kllama.layers.token_embedding import TokenEmbedding
+from kllama.models.backbone_arguments import (
+    CONFIG_NAMES,
+    KERAS_HUB_ROPE_KEYWORDS,
+    check_arguments,
+    refuse_unknown_keywords,
+    resolve_head_dim,
+    resolve_rope_scaling,
+)
+from kllama.models.dtypes import resolve_dtype
+
+
+@keras.saving.register_keras_serializable(package="kllama")
+class LlamaBackbone(keras_hub.models.Backbone):
+    """The Llama decoder: token embedding, grouped-query decoder layers with rotary positions, final normalization.
+
+    One class for every Llama: what differs between the generations is arguments, and a generation is a preset.
+
+    Letters: `B` batch, `T` positions, `D` hidden dim, `N` query heads, `K` key/value heads, `H` head dim, `F`
+    intermediate dim, `V` vocabulary size.
+
+    Args:
+        vocabulary_size: V.
+        num_layers: number of decoder layers.
+        num_query_heads: N.
+        hidden_dim: D.
+        intermediate_dim: F.
+        num_key_value_heads: K, a divisor of N.
+        rope_max_wavelength: theta, the base of the rotary frequencies. Defaults to 10000.
+        rope_scaling_factor: at least 1; shorthand for `rope_scaling={"rope_type": "linear", "factor": ...}`.
+        layer_norm_epsilon: epsilon of all normalizations. Defaults to 1e-6; released Llama 2 and 3 use 1e-5.
+        dropout: rate of dropout on the attention output, in [0, 1). Defaults to 0.
+        dtype: dtype or `keras.DTypePolicy` of weights and computation. Normalization, softmax, rotary angles and the
+            gate's activation are computed in float32 in any case.
+        tie_word_embeddings: whether the head is the transposed embedding table. Defaults to False.
+        head_dim: H, even. Defaults to D / N.
+        rope_scaling: None, or ONE mapping with Hugging Face's keys: `rope_type` (`"linear"`, `"dynamic"`, `"yarn"`,
+            `"longrope"` or `"llama3"`) and that type's values; see `kllama.core.rope_scaling`.
+        max_sequence_length: the longest sequence the model is made for (Hugging Face's `max_position_embeddings`), or
+            None. It bounds generation, and some types of `rope_scaling` need it.
+        attention_bias: whether the query, key, value and output projections have biases. Defaults to False.
+        mlp_bias: whether the three feed-forward projections have biases. Defaults to False.
+        activation: name of the gate's activation; see `kllama.core.activations`. Defaults to `"silu"`.
+        attention_dropout: rate of dropout on the attention probabilities, in [0, 1). Defaults to 0.
+        initializer_range: standard deviation of the normal distribution that random weights are drawn from.
+        **kwargs: `name` and `trainable`, and KerasHub 0.32's five `rope_*` keywords, which are translated.
+
+    Raises:
+        TypeError: for an unknown keyword or a value of the wrong type.
+        ValueError: for a value out of range.
+
+    Inputs and output: called on `{"token_ids": int32 (B, T), "padding_mask": (B, T) with 1 for real tokens, or None}`;
+    gives hidden states (B, T, D) after the final normalization. What it gives at padded positions means nothing.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import kllama
+
+    backbone = kllama.LlamaBackbone(
+        vocabulary_size=100,
+        num_layers=2,
+        num_query_heads=4,
+        hidden_dim=32,
+        intermediate_dim=64,
+        num_key_value_heads=2,
+    )
+    ids = np.array([[5, 6, 7, 0]])
+    hidden_states = backbone({"token_ids": ids, "padding_mask": np.array([[1, 1, 1, 0]])})  # (1, 4, 32)
+    ```
+
+    References: Touvron et al., "LLaMA" (arXiv:2302.13971) and "Llama 2" (arXiv:2307.09288); Grattafiori et al., "The
+    Llama 3 Herd of Models" (arXiv:2407.21783), section 3.2.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        num_query_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        num_key_value_heads: int,
+        rope_max_wavelength: float = 10000,
+        rope_scaling_factor: float = 1.0,
+        layer_norm_epsilon: float = 1e-6,
+        dropout: float = 0,
+        dtype=None,
+        tie_word_embeddings: bool = False,
+        *,
+        head_dim: int | None = None,
+        rope_scaling: dict | None = None,
+        max_sequence_length: int | None = None,
+        attention_bias: bool = False,
+        mlp_bias: bool = False,
+        activation: str = "silu",
+        attention_dropout: float = 0,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        keras_hub_rope = {name: kwargs.pop(name) for name in KERAS_HUB_ROPE_KEYWORDS if name in kwargs}
+        refuse_unknown_keywords(kwargs)
+        head_dim = resolve_head_dim(head_dim, hidden_dim, num_query_heads)
+        config = {
+            "vocabulary_size": vocabulary_size,
+            "num_layers": num_layers,
+            "num_query_heads": num_query_heads,
+            "hidden_dim": hidden_dim,
+            "intermediate_dim": intermediate_dim,
+            "num_key_value_heads": num_key_value_heads,
+            "rope_max_wavelength": rope_max_wavelength,
+            "layer_norm_epsilon": layer_norm_epsilon,
+            "dropout": dropout,
+            "tie_word_embeddings": tie_word_embeddings,
+            "head_dim": head_dim,
+            "rope_scaling": None,
+            "max_sequence_length": max_sequence_length,
+            "attention_bias": attention_bias,
+            "mlp_bias": mlp_bias,
+            "activation": activation,
+            "attention_dropout": attention_dropout,
+            "initializer_range": initializer_range,
+        }
+        check_arguments(config)
+        config["rope_scaling"] = rope_scaling = resolve_rope_scaling(
+            rope_scaling, rope_scaling_factor, keras_hub_rope, head_dim, max_sequence_length
+        )
+
+        # === Layers ===
+        initializer = keras.initializers.RandomNormal(stddev=initializer_range)
+        self.token_embedding = TokenEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            tie_weights=tie_word_embeddings,
+            embeddings_initializer=initializer.clone(),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.rotary_embedding = RotaryEmbedding(
+            head_dim, rope_max_wavelength, rope_scaling, max_sequence_length, dtype=dtype, name="rotary_embedding"
+        )
+        self.causal_mask = CausalMask(dtype=dtype, name="causal_mask")
+        self.transformer_layers = [
+            LlamaDecoderLayer(
+                num_query_heads,
+                num_key_value_heads,
+                head_dim,
+                intermediate_dim,
+                activation=activation,
+                layer_norm_epsilon=layer_norm_epsilon,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                attention_bias=attention_bias,
+                mlp_bias=mlp_bias,
+                kernel_initializer=initializer.clone(),
+                dtype=dtype,
+                name=f"transformer_layer_{i}",
+            )
+            for i in range(num_layers)
+        ]
+        self.layer_norm = RMSNorm(layer_norm_epsilon, dtype=dtype, name="sequence_output_layernorm")
+
+        # === Functional Model ===
+        token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input(shape=(None,), dtype="int32", name="padding_mask", optional=True)
+        cos, sin = self.rotary_embedding(token_ids, padding_mask)
+        attention_mask = self.causal_mask(padding_mask)
+        x = self.token_embedding(token_ids)
+        for transformer_layer in self.transformer_layers:
+            x = transformer_layer(x, cos, sin, attention_mask)
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=self.layer_norm(x),
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        for name, value in config.items():
+            setattr(self, name, value)
+
+    def get_config(self):
+        config = {**super().get_config(), **{name: getattr(self, name) for name in CONFIG_NAMES}}
+        if self.rope_scaling is not None:
+            config["rope_scaling"] = dict(self.rope_scaling)
+        return config
+
+    @classmethod
+    def from_preset(cls, preset, load_weights: bool = True, *, dtype=None, **kwargs):
+        """Build a backbone from a checkpoint.
+
+        Args:
+            preset: the name of a built-in preset, or the path of a preset directory or of a Hugging Face directory.
+                The format is recognised by content.
+            load_weights: whether to load the weights; otherwise they are random.
+            dtype: of weights and computation. By default a global dtype policy, if one was set, else the file's own.
+            **kwargs: constructor arguments that replace the checkpoint's, such as `dropout`.
+
+        Returns:
+            A `LlamaBackbone`.
+
+        Raises:
+            MissingFileError: if there is no such preset or a file is missing.
+            CheckpointError: if a file is damaged, or does not fit the others.
+            UnsupportedError: if the checkpoint is no Llama, or asks for what kllama does not implement.
+
+        Example:
+
+        ```python
+        backbone = kllama.LlamaBackbone.from_preset("stories_1m_en")
+        ```
+        """
+        return cls.from_checkpoint(open_checkpoint(preset), load_weights, dtype=dtype, **kwargs)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, load_weights: bool = True, *, dtype=None, **kwargs):
+        """Build a backbone from a checkpoint that `kllama.checkpoints.formats.open_checkpoint` has opened."""
+        refuse_unknown_keywords({name: value for name, value in kwargs.items() if name not in CONFIG_NAMES})
+        config = {**checkpoint.backbone_config, "dtype": resolve_dtype(dtype, checkpoint.dtype), **kwargs}
+        try:
+            with uninitialized_weights() if load_weights else contextlib.nullcontext():
+                backbone = cls(**config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        if load_weights:
+            assign_weights(backbone, checkpoint.tensors())
+        return backbone
+
+
+# KerasHub lists built-in presets by class, and finds one's folder by its handle.
+register_presets({name: {"kaggle_handle": str(path)} for name, path in builtin_presets().items()}, LlamaBackbone)

@@ -1,0 +1,399 @@
+"""The Llama language model: text or token ids in, logits, loss or text out.
+
+`fit` and its defaults, `generate`, and loading. The maths is the backbone's; the decoding loop is `generation/`'s.
+"""
+
+import functools
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from kllama import backend
+from kllama.checkpoints.formats import open_checkpoint
+from kllama.errors import CheckpointError
+from kllama.generation import plain_loop
+from kllama.generation.sampling import Sampling, choose
+from kllama.models.generate_arguments import (
+    check_ids,
+    check_lengths,
+    read_prompts,
+    resolve_limits,
+    resolve_sampling,
+    resolve_seed,
+    resolve_stop_token_ids,
+)
+from kllama.models.llama_backbone import LlamaBackbone
+from kllama.text.preprocessor import LlamaCausalLMPreprocessor
+from kllama.text.tokenizer import LlamaTokenizer
+from kllama.training.data import is_text, is_token_ids, prepare_texts, prepare_token_ids
+from kllama.training.losses import TokenCrossentropy
+from kllama.training.metrics import Perplexity, TokenAccuracy
+
+
+@keras.saving.register_keras_serializable(package="kllama")
+class LlamaCausalLM(keras_hub.models.CausalLM):
+    """A Llama that predicts the next token, with everything around it: text in, text out.
+
+    Args:
+        backbone: a `LlamaBackbone`.
+        preprocessor: a `LlamaCausalLMPreprocessor`, or None to work on token ids alone.
+        generation_config: how the checkpoint wants to be sampled: a dict with some of `stop_token_ids` (list of int),
+            `do_sample`, `temperature`, `top_k` and `top_p`. Its stop ids always count; the rest is what `generate` does
+            when neither the call nor `compile` says otherwise.
+        **kwargs: `name`, and `compile=False` to leave the model uncompiled.
+
+    Inputs and output: called on `{"token_ids": int32 (B, T), "padding_mask": (B, T) with 1 for real tokens, or None}`;
+    gives float32 logits (B, T, V), in every dtype policy.
+
+    Example:
+
+    ```python
+    import kllama
+
+    model = kllama.LlamaCausalLM.from_preset("stories_1m_en")
+    print(model.generate("Once upon a time", max_new_tokens=100, temperature=0.8, seed=1))
+    model.fit(["Once upon a time there was a fox.", "The end."], epochs=2)
+    ```
+
+    References: those of `LlamaBackbone`.
+    """
+
+    backbone_cls = LlamaBackbone
+    preprocessor_cls = LlamaCausalLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, *, generation_config: dict | None = None, **kwargs):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self.generation_config = dict(generation_config or {})
+        self._decoders = {}
+
+        # === Functional Model ===
+        inputs = backbone.input
+        logits = backbone.token_embedding(backbone(inputs), reverse=True)
+        super().__init__(inputs=inputs, outputs=logits, **kwargs)
+
+    def get_config(self):
+        return {**super().get_config(), "generation_config": dict(self.generation_config)}
+
+    @classmethod
+    def from_preset(cls, preset, load_weights: bool = True, *, dtype=None, **kwargs):
+        """Build a language model, with its tokenizer, from a checkpoint.
+
+        Args:
+            preset: the name of a built-in preset, or the path of a preset directory or of a Hugging Face directory.
+                The format is recognised by content.
+            load_weights: whether to load the weights; otherwise they are random.
+            dtype: of weights and computation. By default a global dtype policy, if one was set, else the file's own.
+            **kwargs: constructor arguments that replace the checkpoint's, such as `preprocessor`.
+
+        Returns:
+            A `LlamaCausalLM`. Its preprocessor is None where the checkpoint carries no tokenizer.
+
+        Raises:
+            MissingFileError: if there is no such preset or a file is missing.
+            CheckpointError: if a file is damaged, or does not fit the others.
+            UnsupportedError: if the checkpoint is no Llama, or asks for what kllama does not implement.
+        """
+        checkpoint = open_checkpoint(preset)
+        if not checkpoint.has_head:
+            raise CheckpointError(
+                f"{checkpoint.path}: lm_head.weight is missing and tie_word_embeddings is false; expected one of the "
+                "two. A base model without a head opens as a LlamaBackbone."
+            )
+        if "preprocessor" not in kwargs:
+            has_tokenizer = checkpoint.tokenizer_config is not None
+            kwargs["preprocessor"] = LlamaCausalLMPreprocessor.from_checkpoint(checkpoint) if has_tokenizer else None
+        if "backbone" not in kwargs:
+            kwargs["backbone"] = LlamaBackbone.from_checkpoint(checkpoint, load_weights, dtype=dtype)
+        return cls(**{"generation_config": checkpoint.generation_config, **kwargs})
+
+    # === Training ===
+
+    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="auto", **kwargs):
+        """Choose how the model is trained and how it generates.
+
+        Args:
+            optimizer: an optimizer, its name, or `"auto"` for Adam with a learning rate of 2e-5.
+            loss: a loss, its name, or `"auto"` for `TokenCrossentropy`: the mean over real tokens.
+            weighted_metrics: list of metrics, or `"auto"` for token accuracy and perplexity.
+            sampler: a `keras_hub.samplers` object or its name, or `"auto"` for what the checkpoint's
+                `generation_config` asks for, else KerasHub's default, top-k with k = 5.
+            **kwargs: those of `keras.Model.compile`.
+        """
+        self._compile_choices = {"loss": loss, "weighted_metrics": weighted_metrics, "sampler": sampler}
+        super().compile(
+            optimizer=optimizer,
+            loss=TokenCrossentropy() if _is_auto(loss) else loss,
+            weighted_metrics=[TokenAccuracy(), Perplexity()] if _is_auto(weighted_metrics) else weighted_metrics,
+            sampler="top_k" if _is_auto(sampler) else sampler,
+            **kwargs,
+        )
+        self._decoders = {}
+
+    def get_compile_config(self):
+        """Describe the compiled state, sampler included, so that a `.keras` file keeps it."""
+        config = super().get_compile_config()
+        for name, choice in self._compile_choices.items():
+            if _is_auto(choice):
+                config[name] = "auto"
+        config.setdefault("sampler", keras_hub.samplers.serialize(self.sampler))
+        return config
+
+    def compile_from_config(self, config):
+        """Compile as `get_compile_config` described."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """Turn text into (x, y, sample_weight); token ids pass, completed by their own next tokens as labels."""
+        if is_token_ids(x):
+            return prepare_token_ids(x, y, sample_weight)
+        return super().preprocess_samples(x, y, sample_weight)
+
+    def fit(self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs):
+        """Train on text or on token ids.
+
+        Args:
+            x: strings; or token ids (B, T); or `{"token_ids": (B, T), "padding_mask": (B, T)}`; or whatever else
+                `keras_hub.models.CausalLM.fit` takes.
+            y: labels (B, T), with -100 where there is none. By default each token's next one.
+            batch_size: rows per step. Defaults to 32.
+            sample_weight: weights (B, T) or (B,). By default 1 for real labels and 0 for padding.
+            validation_data: text or token ids to evaluate after each epoch, or `(x, y)`, or `(x, y, sample_weight)`.
+            **kwargs: those of `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        if not self._is_prepared_here(x):
+            return super().fit(x, y, batch_size, sample_weight, validation_data, **kwargs)
+        x, y, sample_weight = self._prepare(x, y, sample_weight)
+        if validation_data is not None:
+            validation_data = self._prepare(*_unpack(validation_data))
+        return keras.Model.fit(
+            self,
+            x,
+            y,
+            batch_size=batch_size,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            **kwargs,
+        )
+
+    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
+        """Compute the loss and the metrics on text or token ids; arguments as in `fit`."""
+        if not self._is_prepared_here(x):
+            return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
+        x, y, sample_weight = self._prepare(x, y, sample_weight)
+        return keras.Model.evaluate(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
+
+    def predict(self, x=None, batch_size=None, **kwargs):
+        """Compute logits (B, T, V) of text or token ids, in NumPy; `x` as in `fit`."""
+        if not self._is_prepared_here(x):
+            return super().predict(x, batch_size, **kwargs)
+        x, _, _ = self._prepare(x)
+        return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
+
+    def _is_prepared_here(self, x) -> bool:
+        return is_token_ids(x) or (is_text(x) and self.preprocessor is not None)
+
+    def _prepare(self, x, y=None, sample_weight=None):
+        if is_text(x):
+            return prepare_texts([x] if isinstance(x, str) else x, self.preprocessor)
+        return prepare_token_ids(x, y, sample_weight)
+
+    # === Generation ===
+
+    def generate(
+        self,
+        inputs,
+        max_length: int | None = None,
+        stop_token_ids="auto",
+        strip_prompt: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ):
+        """Continue prompts.
+
+        A call's own `temperature`, `top_k` and `top_p` beat what `compile` chose, which beats the checkpoint's
+        `generation_config`, which beats KerasHub's default (top-k with k = 5).
+
+        Args:
+            inputs: a string or a list of strings; or `{"token_ids": (B, T), "padding_mask": (B, T)}` with padding on
+                the right.
+            max_length: the length, prompt included, at which a row ends. Defaults to the smaller of the preprocessor's
+                `sequence_length` and the backbone's `max_sequence_length`; for token ids to their width T.
+            stop_token_ids: ids that end a row. `"auto"` means the tokenizer's end token and the stop ids of
+                `generation_config`; None or an empty list means none.
+            strip_prompt: whether to leave the prompt out of the result.
+            max_new_tokens: how many tokens to add to each row at most, instead of `max_length`.
+            temperature: at least 0; what logits are divided by. 0 takes the most likely token each time.
+            top_k: sample among the k most likely tokens.
+            top_p: sample among the fewest tokens whose probabilities sum to at least p, in (0, 1].
+            seed: non-negative integer below 2 ** 31. The same seed gives the same text on the same backend.
+
+        Returns:
+            A string for a string, a list of strings for a list; for token ids a dict of NumPy arrays `token_ids` (B, S)
+            and `padding_mask` (B, S), where S is the longest row.
+
+        Raises:
+            TypeError: for an argument of the wrong type.
+            ValueError: for a value out of range, a prompt that is too long, and text without a preprocessor.
+        """
+        prompts = read_prompts(inputs, self.preprocessor)
+        if prompts.is_empty:
+            return []
+        check_ids(prompts, self.backbone.vocabulary_size)
+        limits = resolve_limits(
+            prompts, max_length, max_new_tokens, self.preprocessor, self.backbone.max_sequence_length
+        )
+        check_lengths(prompts, limits)
+        stop_token_ids = resolve_stop_token_ids(
+            stop_token_ids, self.preprocessor, self.generation_config, self.backbone
+        )
+        sampling = resolve_sampling(
+            {"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            None if _is_auto(self._compile_choices["sampler"]) else self.sampler,
+            self.generation_config,
+        )
+        if sampling is None:
+            results = self._generate_with_sampler(prompts, limits, stop_token_ids)
+        else:
+            seed = resolve_seed(seed, self.sampler)
+            results = self._generate_plainly(prompts, limits, stop_token_ids, sampling, seed)
+        return prompts.finish(*results, strip_prompt=strip_prompt)
+
+    def _generate_plainly(self, prompts, limits, stop_token_ids, sampling: Sampling, seed: int):
+        token_ids = prompts.padded(plain_loop.bucket(int(limits.max())))
+        decoder = self._decoder(sampling, plain_loop.bucket(int(prompts.lengths.max())))
+        arrays = token_ids, prompts.lengths, limits, np.asarray(stop_token_ids, "int32"), np.int32(seed)
+        token_ids, lengths = decoder(*(ops.convert_to_tensor(array, "int32") for array in arrays))
+        return ops.convert_to_numpy(token_ids), ops.convert_to_numpy(lengths)
+
+    def _decoder(self, sampling: Sampling, prompt_width: int):
+        """Give the compiled decoding program for a way of sampling and a width of the prompts."""
+        # A program reads the variables that it was compiled for: more of them (LoRA's, say) are another program. They
+        # are kept beside it, so that no other variable can get the id of one.
+        variables = self.variables
+        key = (sampling, prompt_width, *map(id, variables))
+        if key not in self._decoders:
+            decode = functools.partial(self._decode, sampling=sampling, prompt_width=prompt_width)
+            self._decoders[key] = backend.compile_function(decode, variables), variables
+        return self._decoders[key][0]
+
+    def _decode(self, token_ids, lengths, limits, stop_token_ids, seed, *, sampling, prompt_width):
+        # Types of rotary embedding that depend on the length keep the prompts' from here on, as their cached keys do.
+        rope_length = ops.max(lengths)
+        cache = self._empty_cache(token_ids)
+        width = min(prompt_width, token_ids.shape[1])
+        _, cache = self._hidden_states_with_cache(token_ids[:, :width], cache, 0, rope_length)
+
+        def step(token, cache, index):
+            hidden_states, cache = self._hidden_states_with_cache(token, cache, index, rope_length)
+            return self.backbone.token_embedding(hidden_states, reverse=True)[:, -1], cache
+
+        def choose_one(logits, index):
+            return choose(logits, sampling, seed, index)
+
+        return plain_loop.decode(step, choose_one, token_ids, cache, lengths, limits, stop_token_ids)
+
+    def _generate_with_sampler(self, prompts, limits, stop_token_ids):
+        """Let a sampler with a loop of its own (beam search, say) write up to one common length."""
+        if limits.min() != limits.max():
+            raise ValueError(
+                f"max_new_tokens with prompts of different lengths asks for different lengths {sorted(set(limits))}, "
+                f"which {type(self.sampler).__name__} cannot do; expected max_length."
+            )
+        width = int(limits[0])
+        inputs = {"token_ids": prompts.padded(width), "padding_mask": prompts.mask(width)}
+        outputs = self.make_generate_function()(inputs, stop_token_ids=tuple(stop_token_ids) or None)
+        return (
+            ops.convert_to_numpy(outputs["token_ids"]),
+            ops.convert_to_numpy(outputs["padding_mask"]).astype("int32").sum(-1),
+        )
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Generate with the compiled sampler's own loop; KerasHub's protocol for samplers.
+
+        Args:
+            inputs: dict of `token_ids` int (B, S), the prompts padded on the right to the final length, and
+                `padding_mask` (B, S).
+            stop_token_ids: tuple of ids that end a row, or None.
+
+        Returns:
+            Dict of `token_ids` (B, S) and a bool `padding_mask` (B, S) that covers each row up to its stop token.
+        """
+        token_ids, padding_mask = inputs["token_ids"], ops.cast(inputs["padding_mask"], "bool")
+        hidden_states, cache = self._hidden_states_with_cache(token_ids, self._empty_cache(token_ids), 0)
+
+        def next(prompt, cache, index):
+            token = ops.slice(prompt, (0, index - 1), (prompt.shape[0], 1))
+            logits, hidden_states, cache = self.call_with_cache(token, cache, index - 1)
+            return ops.squeeze(logits, axis=1), ops.squeeze(hidden_states, axis=1), cache
+
+        token_ids = self.sampler(
+            next=next,
+            prompt=token_ids,
+            cache=cache,
+            index=ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=-1)),
+            mask=padding_mask,
+            stop_token_ids=stop_token_ids,
+            hidden_states=hidden_states,
+            model=self,
+        )
+        if stop_token_ids is None:
+            return {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids, dtype="bool")}
+        stops = ops.any(ops.equal(token_ids[..., None], ops.convert_to_tensor(stop_token_ids)), axis=-1)
+        stops = ops.cast(stops & ~padding_mask, "int32")
+        return {"token_ids": token_ids, "padding_mask": ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)}
+
+    def call_with_cache(self, token_ids, cache, cache_update_index):
+        """Run the model on new tokens of sequences whose earlier keys and values are in a cache.
+
+        Args:
+            token_ids: int (B, T), the new tokens.
+            cache: float (B, L, 2, S, K, H): keys and values of each layer for S positions.
+            cache_update_index: int or int32 scalar, the position of the first new token.
+
+        Returns:
+            `(logits float32 (B, T, V), hidden states (B, T, D), updated cache)`.
+        """
+        hidden_states, cache = self._hidden_states_with_cache(token_ids, cache, cache_update_index)
+        return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
+
+    def _hidden_states_with_cache(self, token_ids, cache, start, rope_length=None):
+        backbone = self.backbone
+        cos, sin = backbone.rotary_embedding(token_ids, start_index=start, length=rope_length)
+        x = backbone.token_embedding(token_ids)
+        mask = backbone.causal_mask.for_cache(token_ids, cache.shape[3], start)
+        caches = []
+        for i, layer in enumerate(backbone.transformer_layers):
+            x, layer_cache = layer(x, cos, sin, mask, cache=cache[:, i], cache_update_index=start)
+            caches.append(layer_cache)
+        return backbone.layer_norm(x), ops.stack(caches, axis=1)
+
+    def _empty_cache(self, token_ids):
+        batch_size, num_slots = token_ids.shape
+        backbone = self.backbone
+        shape = batch_size, backbone.num_layers, 2, num_slots, backbone.num_key_value_heads, backbone.head_dim
+        return ops.zeros(shape, dtype=self.compute_dtype)
+
+
+def _is_auto(choice) -> bool:
+    return isinstance(choice, str) and choice == "auto"
+
+
+def _unpack(data) -> tuple:
+    return data if isinstance(data, tuple) else (data,)
+
+
+# The text classes stand below the models and cannot know them; KerasHub finds the class of a preset by this attribute.
+LlamaTokenizer.backbone_cls = LlamaBackbone
+LlamaCausalLMPreprocessor.backbone_cls = LlamaBackbone

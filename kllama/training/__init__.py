@@ -1,0 +1,1 @@
+"""What `fit` needs besides Keras: the loss, the metrics, and the data."""

@@ -1,0 +1,326 @@
+"""`generate`: known texts of trained models, equivalences that need no oracle, and every wrong argument."""
+
+import json
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import kllama
+
+GREEDY = {"temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "num_tokens"), [("stories260K", "greedy_200", 200), ("stories15M", "greedy_256", 255)]
+)
+def test_published_stories(assets, model, text, num_tokens):
+    folder = assets / "models" / model
+    story = kllama.LlamaCausalLM.from_preset(folder).generate("", max_new_tokens=num_tokens, **GREEDY)
+    assert story == (folder / "expected" / f"{text}.txt").read_text("utf-8")
+
+
+def test_recorded_tokens_of_transformers(assets, stories260k):
+    cases = json.loads((assets / "goldens" / "generation" / "stories260K.json").read_text())["cases"]
+    for name in ("greedy", "greedy_left_padded_batch"):
+        prompts, expected = cases[name]["prompts"], cases[name]["sequences"]
+        width = max(map(len, prompts))
+        ids = np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+        mask = np.array([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts])
+        output = stories260k.generate(
+            {"token_ids": ids, "padding_mask": mask}, max_new_tokens=24, stop_token_ids=None, **GREEDY
+        )
+        for row, keep, prompt, sequence in zip(*output.values(), prompts, expected, strict=True):
+            assert row[keep].tolist() == sequence[width - len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_mha", "llama_head_dim", "llama_rope_llama3", "llama_rope_yarn"])
+def test_recorded_tokens_of_tiny_models(assets, name):
+    folder = assets / "goldens" / "hf_tiny" / name
+    model = kllama.LlamaCausalLM.from_preset(folder)
+    expected = np.load(folder / "expected.npz")
+    width = expected["input_ids"].shape[1]
+    for row in range(2):
+        real = expected["attention_mask"][row] > 0
+        prompt = {"token_ids": expected["input_ids"][row][None, real]}
+        output = model.generate(prompt, max_new_tokens=12, stop_token_ids=None, **GREEDY)
+        assert output["token_ids"][0, -12:].tolist() == expected["generated"][row, width:].tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4, "head_dim": 6, "attention_bias": True, "mlp_bias": True},
+        {"tie_word_embeddings": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ],
+)
+def test_cached_decoding_equals_whole_forward_passes(random_model, token_ids, arguments):
+    model = random_model(**arguments)
+    row = np.zeros((1, 11), "int32")
+    row[:, :3] = token_ids[:1, :3]
+    for length in range(3, 11):
+        logits = ops.convert_to_numpy(model({"token_ids": row, "padding_mask": np.arange(11)[None] < length}))
+        row[0, length] = logits[0, length - 1].argmax()
+    output = model.generate({"token_ids": token_ids[:1, :3]}, max_new_tokens=8, stop_token_ids=None, **GREEDY)
+    assert output["token_ids"].tolist() == row.tolist()
+
+
+def test_a_row_of_a_ragged_batch_is_the_prompt_alone(stories260k):
+    prompts = ["Once", "Lily and her dog went to the park. They saw", "", "One day, a boy"]
+    texts = stories260k.generate(prompts, max_new_tokens=20, **GREEDY)
+    assert texts == [stories260k.generate(prompt, max_new_tokens=20, **GREEDY) for prompt in prompts]
+
+
+def test_frozen_frequencies_of_dynamic_rope(random_model, token_ids):
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    model = random_model(rope_scaling=scaling, max_sequence_length=8)
+    longer = random_model(rope_scaling=scaling, max_sequence_length=8)
+    longer.set_weights(model.get_weights())
+    # Within the limit dynamic scaling does nothing, whatever the width of the bucket that the prompt is padded to.
+    plain = random_model()
+    plain.set_weights(model.get_weights())
+    prompt = {"token_ids": token_ids[:1, :3]}
+    arguments = {"max_new_tokens": 4, "stop_token_ids": None, **GREEDY}
+    assert (
+        model.generate(prompt, **arguments)["token_ids"].tolist()
+        == plain.generate(prompt, **arguments)["token_ids"].tolist()
+    )
+
+
+class TestLengths:
+    def test_max_length_counts_the_prompt(self, stories260k):
+        texts = stories260k.generate(["Once upon", "One day"], max_length=12, stop_token_ids=None, **GREEDY)
+        assert [len(stories260k.preprocessor.tokenizer(text)) + 1 for text in texts] == [12, 12]
+
+    def test_a_prompt_as_long_as_max_length_stays(self, stories260k):
+        prompt = "Once upon a time"
+        length = len(stories260k.preprocessor.tokenizer(prompt)) + 1
+        assert stories260k.generate(prompt, max_length=length, **GREEDY) == prompt
+
+    def test_the_default_is_what_the_model_and_the_preprocessor_allow(self, random_model, assets):
+        model = kllama.LlamaCausalLM.from_preset(assets / "models" / "stories260K")
+        model.preprocessor.sequence_length = 30
+        text = model.generate("Once", stop_token_ids=None, **GREEDY)
+        assert len(model.preprocessor.tokenizer(text)) + 1 == 30
+
+    def test_padded_ids_fill_their_width(self, random_model, token_ids):
+        prompt = {"token_ids": token_ids, "padding_mask": np.arange(12) < np.array([[3], [12], [1], [7]])}
+        output = random_model().generate(prompt, stop_token_ids=None, **GREEDY)
+        assert output["token_ids"].shape == (4, 12) and output["padding_mask"].all()
+
+    def test_padded_ids_with_max_new_tokens(self, random_model, token_ids):
+        prompt = {"token_ids": token_ids, "padding_mask": np.arange(12) < np.array([[3], [12], [1], [7]])}
+        output = random_model().generate(prompt, max_new_tokens=5, stop_token_ids=None, **GREEDY)
+        assert output["padding_mask"].sum(1).tolist() == [8, 17, 6, 12]
+
+    def test_padded_ids_obey_max_length(self, random_model, token_ids):
+        output = random_model().generate({"token_ids": token_ids[:, :4]}, max_length=9, stop_token_ids=None)
+        assert output["token_ids"].shape == (4, 9)
+
+    def test_the_callers_dict_is_left_alone(self, random_model, token_ids):
+        prompt = {"token_ids": token_ids.copy(), "padding_mask": np.ones_like(token_ids)}
+        random_model().generate(prompt, max_new_tokens=2, stop_token_ids=None)
+        assert prompt["token_ids"].tolist() == token_ids.tolist() and list(prompt) == ["token_ids", "padding_mask"]
+
+
+class TestStopping:
+    def test_stories_end_at_a_start_token_too(self, stories260k):
+        # generation_config.json of this model says [1, 2]; the tokenizer's end token alone is 2.
+        assert stories260k.generation_config["stop_token_ids"] == [1, 2]
+        story = stories260k.generate("", max_length=512, **GREEDY)
+        endless = stories260k.generate("", max_length=512, stop_token_ids=None, **GREEDY)
+        assert endless.startswith(story) and len(endless) > len(story)
+
+    def test_a_stop_token_ends_its_row_and_no_other(self, random_model, token_ids):
+        model = random_model()
+        arguments = {"max_new_tokens": 6, **GREEDY}
+        free = model.generate({"token_ids": token_ids}, stop_token_ids=None, **arguments)["token_ids"]
+        stop = int(free[1, 14])
+        stopped = model.generate({"token_ids": token_ids}, stop_token_ids=[stop], **arguments)
+        for row, keep, whole in zip(*stopped.values(), free, strict=True):
+            new = whole[12:].tolist()
+            end = 12 + (new.index(stop) + 1 if stop in new else len(new))
+            assert row[keep].tolist() == whole[:end].tolist()
+
+
+class TestSampling:
+    def test_seeds(self, stories260k):
+        def story(**arguments):
+            return stories260k.generate("Once upon a time", max_new_tokens=30, **arguments)
+
+        assert story(temperature=1.0, seed=5) == story(temperature=1.0, seed=5)
+        assert story(temperature=1.0, seed=5) != story(temperature=1.0, seed=6)
+        assert story(temperature=1.0) != story(temperature=1.0)
+
+    def test_keras_seeds_repeat(self, stories260k):
+        texts = []
+        for _ in range(2):
+            keras.utils.set_random_seed(3)
+            texts.append(stories260k.generate("Once", max_new_tokens=20, temperature=1.0))
+        assert texts[0] == texts[1]
+
+    def test_rows_differ_from_each_other(self, stories260k):
+        texts = stories260k.generate(["Once upon a time"] * 4, max_new_tokens=30, temperature=1.0, seed=1)
+        assert len(set(texts)) == 4
+
+    def test_top_k_of_one_is_greedy(self, stories260k):
+        greedy = stories260k.generate("Once", max_new_tokens=10, **GREEDY)
+        assert stories260k.generate("Once", max_new_tokens=10, top_k=1, seed=3) == greedy
+        assert stories260k.generate("Once", max_new_tokens=10, top_p=1e-6, seed=3) == greedy
+
+    @pytest.mark.parametrize(
+        ("generation_config", "sampler", "call", "is_greedy"),
+        [
+            ({}, "auto", {}, False),
+            ({"do_sample": False}, "auto", {}, True),
+            ({"do_sample": True, "temperature": 5.0}, "auto", {}, False),
+            ({"temperature": 5.0}, "greedy", {}, True),
+            ({"do_sample": False}, "random", {}, False),
+            ({"do_sample": False}, "greedy", {"temperature": 5.0}, False),
+            ({"temperature": 5.0}, "random", {"temperature": 0}, True),
+        ],
+    )
+    def test_the_call_beats_compile_beats_the_checkpoint(
+        self, random_model, token_ids, generation_config, sampler, call, is_greedy
+    ):
+        model = random_model()
+        model.generation_config = generation_config
+        model.compile(sampler=sampler)
+        arguments = {"max_new_tokens": 20, "stop_token_ids": None, "seed": 1}
+        greedy = model.generate({"token_ids": token_ids}, **arguments, **GREEDY)["token_ids"]
+        output = model.generate({"token_ids": token_ids}, **arguments, **call)["token_ids"]
+        assert (output.tolist() == greedy.tolist()) == is_greedy
+
+    def test_a_sampler_with_a_seed(self, stories260k):
+        texts = []
+        for _ in range(2):
+            stories260k.compile(sampler=keras_hub.samplers.RandomSampler(seed=7))
+            texts.append([stories260k.generate("Once", max_new_tokens=10) for _ in range(2)])
+        stories260k.compile()
+        assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
+
+    def test_a_sampler_with_its_own_loop(self, stories260k):
+        stories260k.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=1))
+        beam = stories260k.generate(["Once upon", "One day"], max_length=16)
+        stories260k.compile()
+        assert beam == stories260k.generate(["Once upon", "One day"], max_length=16, **GREEDY)
+
+    def test_a_sampler_that_forbids_a_token(self, random_model, token_ids):
+        class Forbidding(keras_hub.samplers.Sampler):
+            def get_next_token(self, probabilities):
+                return ops.argmax(probabilities[:, :10], axis=-1)
+
+        model = random_model()
+        model.compile(sampler=Forbidding())
+        output = model.generate({"token_ids": token_ids}, max_length=20, stop_token_ids=None)["token_ids"]
+        assert output[:, :12].tolist() == token_ids.tolist() and output[:, 12:].max() < 10
+
+
+class TestText:
+    def test_kinds_of_input(self, stories260k):
+        arguments = {"max_new_tokens": 5, **GREEDY}
+        text = stories260k.generate("Once", **arguments)
+        assert isinstance(text, str)
+        assert stories260k.generate(["Once"], **arguments) == [text]
+        assert stories260k.generate(("Once",), **arguments) == [text]
+        assert stories260k.generate(np.array(["Once"]), **arguments) == [text]
+        assert stories260k.generate([], **arguments) == []
+
+    def test_strip_prompt(self, stories260k):
+        arguments = {"max_new_tokens": 10, **GREEDY}
+        whole = stories260k.generate(["Once upon a", "One"], **arguments)
+        new = stories260k.generate(["Once upon a", "One"], strip_prompt=True, **arguments)
+        assert [w.endswith(n) and len(n) < len(w) for w, n in zip(whole, new, strict=True)] == [True, True]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"max_length": 0}, ValueError, "max_length (0) must be at least 1"),
+            ({"max_length": -5}, ValueError, "max_length (-5)"),
+            ({"max_length": 1.5}, TypeError, "max_length (1.5) must be an integer"),
+            ({"max_length": True}, TypeError, "max_length (True)"),
+            ({"max_length": 10**12}, ValueError, "max_sequence_length (512)"),
+            ({"max_length": 513}, ValueError, "max_length (513"),
+            ({"max_length": 3}, ValueError, "tokens, max_length is 3"),
+            ({"max_new_tokens": 0}, ValueError, "max_new_tokens (0)"),
+            ({"max_new_tokens": 510}, ValueError, "max_sequence_length (512)"),
+            ({"max_new_tokens": 5, "max_length": 50}, ValueError, "both given"),
+            ({"temperature": -1}, ValueError, "temperature (-1)"),
+            ({"top_k": 0}, ValueError, "top_k (0)"),
+            ({"top_p": 2}, ValueError, "top_p (2)"),
+            ({"seed": -1}, ValueError, "seed (-1)"),
+            ({"seed": 2**64}, ValueError, "seed ("),
+            ({"seed": 1.5}, TypeError, "seed (1.5)"),
+            ({"stop_token_ids": "bogus"}, TypeError, "stop_token_ids ('bogus')"),
+            ({"stop_token_ids": [512]}, ValueError, "stop_token_ids holds [512]; expected ids from 0 to 511"),
+            ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids holds [-1]"),
+        ],
+    )
+    def test_arguments(self, stories260k, arguments, error, words):
+        with pytest.raises(error) as caught:
+            stories260k.generate("Once upon a time", **arguments)
+        assert words in str(caught.value)
+
+    @pytest.mark.parametrize("inputs", [None, 5, b"Once", [["Once"]], ["Once", None], {"prompts": ["Once"]}])
+    def test_inputs(self, stories260k, inputs):
+        with pytest.raises((TypeError, ValueError), match="inputs"):
+            stories260k.generate(inputs)
+
+    @pytest.mark.parametrize(
+        ("inputs", "words"),
+        [
+            ({"token_ids": [[5, 300]]}, "inputs row 0 holds the token id 300; expected ids from 0 to 299"),
+            ({"token_ids": [[5, -1]]}, "token id -1"),
+            ({"token_ids": [5, 6]}, "shape (2,)"),
+            ({"token_ids": [[5.5]]}, "integers of shape (B, T)"),
+            ({"token_ids": [[5, 6]], "padding_mask": [[0, 0]]}, "inputs row 0 has no tokens"),
+            ({"token_ids": [[5, 6]], "padding_mask": [[0, 1]]}, "padding on the right only"),
+            ({"token_ids": [[5, 6, 7]], "padding_mask": [[1, 0, 1]]}, "padding on the right only"),
+            ({"token_ids": [[5, 6]], "padding_mask": [[1]]}, "shape (1, 1)"),
+        ],
+    )
+    def test_token_ids(self, random_model, inputs, words):
+        inputs = {name: np.array(value) for name, value in inputs.items()}
+        with pytest.raises(ValueError) as caught:
+            random_model().generate(inputs, max_new_tokens=2)
+        assert words in str(caught.value)
+
+    def test_text_without_a_preprocessor(self, random_model):
+        with pytest.raises(ValueError, match="no preprocessor"):
+            random_model().generate("Once", max_new_tokens=2)
+
+
+def test_weights_are_never_stale(random_model, token_ids):
+    model, other = random_model(), random_model()
+    prompt, arguments = {"token_ids": token_ids}, {"max_new_tokens": 8, "stop_token_ids": None, **GREEDY}
+    before = model.generate(prompt, **arguments)["token_ids"]
+    expected = other.generate(prompt, **arguments)["token_ids"]
+    assert before.tolist() != expected.tolist()
+    model.set_weights(other.get_weights())
+    assert model.generate(prompt, **arguments)["token_ids"].tolist() == expected.tolist()
+
+
+def test_compilations_do_not_grow_with_prompt_lengths(random_model, monkeypatch):
+    """JAX and TensorFlow trace `_decode` once for each bucket; PyTorch runs it at each call."""
+    if keras.config.backend() == "torch":
+        pytest.skip("PyTorch compiles nothing")
+    traces = []
+    original = kllama.LlamaCausalLM._decode
+
+    def counting(self, *arguments, **settings):
+        traces.append(settings["prompt_width"])
+        return original(self, *arguments, **settings)
+
+    monkeypatch.setattr(kllama.LlamaCausalLM, "_decode", counting)
+    model = random_model()
+    for length in range(1, 40):
+        model.generate({"token_ids": np.ones((1, length), "int32")}, max_new_tokens=3, stop_token_ids=None, seed=length)
+    assert sorted(set(traces)) == [16, 32, 64]
+    # A prompt of 14 tokens and one of 30 end in a wider cache than the others of their bucket.
+    assert len(traces) <= 5
