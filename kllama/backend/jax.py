@@ -70,6 +70,10 @@ def matmul_float32(x, kernel):
 
 def fused_attention(query, key, value, mask=None, is_causal: bool = False):
     """Attend with grouped heads: (B, T, N, H), (B, S, K, H), (B, S, K, H) -> (B, T, N, H), scaled by H ** -0.5."""
+    if query.dtype == "float16" and jax.default_backend() == "cpu":
+        # XLA has no float16 product with float32 sums for CPUs.
+        wide = (x.astype("float32") for x in (query, key, value))
+        return fused_attention(*wide, mask, is_causal).astype("float16")
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
 
 

@@ -133,6 +133,10 @@ _GENERATION_RULES = {
 }
 
 
+GENERATION_KEYS = ("stop_token_ids", *_GENERATION_RULES)
+"""What a `generation_config` of kllama may hold."""
+
+
 def backbone_config(config: dict, source: Path) -> dict:
     """Translate a `config.json` into the arguments of `LlamaBackbone`.
 

@@ -24,11 +24,17 @@ def open_checkpoint(handle: str | os.PathLike):
         one at a time.
 
     Raises:
-        MissingFileError: if there is nothing of that name.
+        MissingFileError: if there is nothing of that name, or a directory without `config.json`.
         UnsupportedError: if the format is not one that kllama reads.
         CheckpointError: if a file is damaged, or does not fit the others.
     """
     path = _locate(handle)
+    config = path / "config.json"
+    if path.is_dir() and not config.is_file():
+        raise MissingFileError(
+            f"{path}: no file config.json; expected that of a kllama preset or of a Hugging Face Llama.",
+            filename=str(config),
+        )
     for is_format, checkpoint_class in _FORMATS:
         if is_format(path):
             return checkpoint_class(path)
@@ -41,6 +47,8 @@ def open_checkpoint(handle: str | os.PathLike):
 def _locate(handle) -> Path:
     if not isinstance(handle, str | os.PathLike):
         raise TypeError(f"preset ({handle!r}) must be a string or a path.")
+    if handle == "":
+        raise ValueError("preset ('') must be a name or a path.")
     presets = builtin_presets()
     if handle in presets:
         return presets[handle]
@@ -49,8 +57,8 @@ def _locate(handle) -> Path:
             f"{handle}: kllama does not download from hubs yet; expected a path. Download the repository and pass its "
             "folder."
         )
-    path = Path(handle).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(handle))
+    if not os.path.exists(path):  # false for what cannot be a path at all, too
         raise MissingFileError(
             f"{handle}: no such preset; expected a built-in name {sorted(presets)}, or the path of a preset directory "
             "or of a Hugging Face directory.",

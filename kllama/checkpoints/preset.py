@@ -9,26 +9,22 @@ no model: `models/` does. Presets of KerasHub's own Llama are another format.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import h5py
-import ml_dtypes
 import numpy as np
 
-from kllama.checkpoints.config import generation_settings, token_ids
+from kllama.checkpoints.config import GENERATION_KEYS, generation_settings, token_ids
+from kllama.checkpoints.h5_weights import H5Weights, StoredTensor
 from kllama.checkpoints.name_map import expected_tensors
-from kllama.checkpoints.reader import LISTED, check_file, check_file_name, check_finite, listed, read_json, shown
-from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
+from kllama.checkpoints.reader import LISTED, check_file, listed, read_json, shown
+from kllama.errors import CheckpointError, UnsupportedError
 
 _BACKBONE = "kllama>LlamaBackbone"
 _DTYPES = ("float32", "bfloat16", "float16")
 _MIXED = tuple(f"mixed_{dtype}" for dtype in _DTYPES[1:])
-_SINGLE, _INDEX = "model.weights.h5", "model.weights.json"
 _TOKENIZER_ASSET = Path("assets", "tokenizer", "tokenizer.json")
-_DEEPEST_GROUP = 8
 
 
 class _Kind(NamedTuple):
@@ -75,15 +71,6 @@ _TOKENIZER_FIELDS = {
 }
 _PREPROCESSOR_FIELDS = {"sequence_length": _COUNT, "add_start_token": _FLAG, "add_end_token": _FLAG}
 _LAYER_KEYS = ("name", "trainable", "dtype", "config_file", "tokenizer")
-_GENERATION_KEYS = (
-    "stop_token_ids",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-)
 
 
 def is_preset(path: Path) -> bool:
@@ -117,8 +104,8 @@ class PresetCheckpoint:
         self.tokenizer_config = self._read_tokenizer_config()
         self.preprocessor_config = self._read_preprocessor_config()
         self.generation_config = self._read_generation_config()
-        self._stored = _find_tensors(_weight_files(path))
-        _check_tensors(self.backbone_config, self._stored, path)
+        self._weights = H5Weights(path)
+        _check_tensors(self.backbone_config, self._weights.tensors, path)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (variable path, array) for each weight, one at a time, in the dtype that it is stored in.
@@ -126,16 +113,8 @@ class PresetCheckpoint:
         Raises:
             CheckpointError: values that are not finite, or a file that changed since it was opened.
         """
-        expected = list(expected_tensors(self.backbone_config))
-        with ExitStack() as stack:
-            files = {stored.file for stored in self._stored.values()}
-            opened = {file: stack.enter_context(_open_h5(file)) for file in files}
-            for tensor in expected:
-                name = _dataset_name(tensor.path)
-                stored = self._stored[name]
-                array = _read_array(opened[stored.file], name, stored)
-                check_finite(array, f"{stored.file}: {name}")
-                yield tensor.path, array
+        paths = [tensor.path for tensor in expected_tensors(self.backbone_config)]
+        yield from zip(paths, self._weights.read([_dataset_name(path) for path in paths]), strict=True)
 
     def _read_tokenizer_config(self) -> dict | None:
         file = self.path / "tokenizer.json"
@@ -146,7 +125,7 @@ class PresetCheckpoint:
             raise CheckpointError(f"{file}: tokenizer = {shown(config['tokenizer'])}; expected no path in a preset.")
         dtype = _read_dtype(file, config.get("dtype"), ("int32", "int64"))
         asset = self.path / _TOKENIZER_ASSET
-        check_file(asset)
+        check_file(asset, self.path)
         fields = _read_fields(file, config, _TOKENIZER_FIELDS, _LAYER_KEYS)
         return {"tokenizer": str(asset), **fields, "dtype": dtype}
 
@@ -164,7 +143,7 @@ class PresetCheckpoint:
         config = _read_object(file, "kllama>LlamaCausalLM").get("generation_config", {})
         if not isinstance(config, dict):
             raise CheckpointError(f"{file}: generation_config = {shown(config)}; expected an object.")
-        unknown = sorted(set(config) - set(_GENERATION_KEYS))
+        unknown = sorted(set(config) - set(GENERATION_KEYS))
         if unknown:
             raise CheckpointError(f"{file}: generation_config has unknown keys: {listed(map(shown, unknown))}.")
         stops = {"stop_token_ids": token_ids(config, "stop_token_ids", file)} if "stop_token_ids" in config else {}
@@ -206,101 +185,7 @@ def _read_fields(path: Path, config: dict, fields: dict[str, _Kind], ignored: tu
     return {name: config[name] for name in fields}
 
 
-def _weight_files(path: Path) -> list[Path]:
-    single, index = path / _SINGLE, path / _INDEX
-    if single.exists() and index.exists():
-        raise CheckpointError(f"{path}: two weight sets, {_SINGLE} and {_INDEX}; expected one. Remove the stale one.")
-    if index.exists():
-        names = _shard_names(index)
-    elif single.exists():
-        names = [_SINGLE]
-    else:
-        raise MissingFileError(f"{path}: no weights; expected {_SINGLE} or {_INDEX}.", filename=str(single))
-    for name in names:
-        check_file(path / name)
-    return [path / name for name in names]
-
-
-def _shard_names(index: Path) -> list[str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map = {shown(weight_map)}; expected an object with file names.")
-    names = set()
-    for group, value in weight_map.items():
-        for name in value if isinstance(value, list) else [value]:
-            names.add(check_file_name(name, f"{index}: weight_map[{shown(group)}]"))
-    return sorted(names)
-
-
-class _Stored(NamedTuple):
-    """Where and how a tensor is stored."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _find_tensors(files: list[Path]) -> dict[str, _Stored]:
-    """List what the files hold, by dataset name, without reading it."""
-    found = {}
-    for file in files:
-        with _open_h5(file) as opened:
-            for name, stored in _list_tensors(opened, file):
-                if name in found:
-                    raise CheckpointError(
-                        f"{file}: {name} is in {found[name].file.name} too; expected each tensor once."
-                    )
-                found[name] = stored
-    return found
-
-
-def _list_tensors(file: h5py.File, path: Path) -> list[tuple[str, _Stored]]:
-    with _h5_errors(path):
-        return [(item.name.lstrip("/"), _describe(item, path)) for item in _datasets(file, path, _DEEPEST_GROUP)]
-
-
-def _datasets(group: h5py.Group, path: Path, depth: int) -> Iterator[h5py.Dataset]:
-    """Walk through the datasets of a file; a link is refused, not followed."""
-    if not depth:
-        raise CheckpointError(f"{path}: {group.name} is nested deeper than {_DEEPEST_GROUP}; expected Keras' groups.")
-    for name in group:
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise CheckpointError(f"{path}: {group.name}/{name} is a link; expected a group or a dataset.")
-        item = group[name]
-        if isinstance(item, h5py.Group):
-            yield from _datasets(item, path, depth - 1)
-        elif isinstance(item, h5py.Dataset):
-            yield item
-        else:
-            raise CheckpointError(f"{path}: {item.name} is a data type; expected a group or a dataset.")
-
-
-def _describe(dataset: h5py.Dataset, path: Path) -> _Stored:
-    """Say how a dataset is stored, which must be as Keras stores it: floats, in one plain block of the file."""
-    if dataset.external or dataset.is_virtual:
-        raise CheckpointError(f"{path}: {dataset.name} lies in another file; expected its data here.")
-    dtype = _dtype_name(dataset, path)
-    # What is compressed, or never written, may be far larger in memory than on disk.
-    size = dataset.id.get_storage_size()
-    if dataset.chunks or size != dataset.nbytes:
-        raise CheckpointError(
-            f"{path}: {dataset.name} = {size} bytes for an array of {dataset.nbytes}; expected one plain block of its "
-            "size."
-        )
-    return _Stored(path, dataset.shape, dtype)
-
-
-def _dtype_name(dataset: h5py.Dataset, path: Path) -> str:
-    # Keras writes bfloat16 as raw pairs of bytes, and says so in an attribute.
-    if dataset.dtype.kind == "V" and dataset.dtype.itemsize == 2 and str(dataset.attrs.get("dtype")) == "bfloat16":
-        return "bfloat16"
-    for name in ("float32", "float16"):
-        if dataset.dtype == np.dtype(name):
-            return name
-    raise CheckpointError(f"{path}: {dataset.name} is {dataset.dtype}; expected one of {', '.join(_DTYPES)}.")
-
-
-def _check_tensors(config: dict, stored: dict[str, _Stored], path: Path) -> None:
+def _check_tensors(config: dict, stored: dict[str, StoredTensor], path: Path) -> None:
     """Compare what the configuration asks for with what the files hold: the exact set of names, and the shapes."""
     # Lazily: at most ten missing names are looked for, however many layers the configuration claims.
     names = ((_dataset_name(tensor.path), tensor.shape) for tensor in expected_tensors(config))
@@ -315,32 +200,6 @@ def _check_tensors(config: dict, stored: dict[str, _Stored], path: Path) -> None
     if wrong:
         received = listed((f"{name} has shape {stored[name].shape}; expected {expected[name]}" for name in wrong), ". ")
         raise CheckpointError(f"{path}: {received}.")
-
-
-def _open_h5(path: Path) -> h5py.File:
-    with _h5_errors(path):
-        return h5py.File(path, "r")
-
-
-def _read_array(file: h5py.File, name: str, stored: _Stored) -> np.ndarray:
-    with _h5_errors(stored.file):
-        array = file[name][()]
-    if stored.dtype == "bfloat16":
-        array = array.view(ml_dtypes.bfloat16)
-    if array.shape != stored.shape or array.dtype.name != stored.dtype:
-        raise CheckpointError(f"{stored.file}: {name} has changed since the file was opened. Open it again.")
-    return array
-
-
-@contextmanager
-def _h5_errors(path: Path) -> Iterator[None]:
-    """Turn what h5py raises for a damaged file into a `CheckpointError`."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: no sound HDF5 file: {error}. Download or save it again.") from error
 
 
 def _dataset_name(variable_path: str) -> str:

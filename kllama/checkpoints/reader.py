@@ -59,18 +59,22 @@ def check_file_name(name: object, field: str) -> str:
     return name
 
 
-def check_file(path: Path) -> int:
-    """Return the size in bytes of a regular file that really lies in its directory.
+def check_file(path: Path, directory: Path | None = None) -> int:
+    """Return the size in bytes of a regular file that really lies in a directory, or below it.
 
     A snapshot of a Hugging Face hub cache links to the blob store beside it (`snapshots/<revision>/x` to
     `blobs/<hash>`); no other link out of the directory is followed.
+
+    Args:
+        path: the file.
+        directory: where it has to lie. Defaults to the file's own directory.
 
     Raises:
         MissingFileError: nothing is there.
         CheckpointError: a link to the outside, a directory, a pipe, a device, or unreadable.
     """
     try:
-        directory = Path(os.path.realpath(path.parent, strict=True))
+        directory = Path(os.path.realpath(directory or path.parent, strict=True))
         real = Path(os.path.realpath(path, strict=True))
         status = real.stat()
     except (FileNotFoundError, NotADirectoryError) as error:

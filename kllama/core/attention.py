@@ -50,8 +50,8 @@ def rotate(x, cos, sin):
 def scaled_dot_product(query, key, value, mask=None, is_causal: bool = False, dropout: Callable | None = None):
     """Mix the values by the softmax of the scaled query-key products, heads in groups.
 
-    Query head n reads key/value head n // G; keys and values are never repeated to the query heads. Scores and softmax
-    are float32.
+    Query head n reads key/value head n // G; keys and values are never repeated to the query heads. The softmax is
+    computed in float32.
 
     Args:
         query: (B, T, N, H).

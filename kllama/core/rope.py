@@ -87,8 +87,8 @@ class RotaryFrequencies:
 
     @property
     def _wavelengths(self) -> np.ndarray:
-        # theta ** (2 i / H). PyTorch's float32 power is correctly rounded for these arguments; NumPy's float32 power
-        # is not. Rounding a float64 power gives the bits of the reference.
+        # theta ** (2 i / H). PyTorch's float32 power is all but always correctly rounded, NumPy's is not: rounding a
+        # float64 power gives the bits of the reference.
         return np.power(self._wavelength, self._exponents.astype("float64")).astype("float32")
 
     @property

@@ -38,12 +38,18 @@ def check_rope_scaling(rope_scaling: Mapping, head_dim: int, max_sequence_length
         raise TypeError(f"rope_scaling ({rope_scaling!r}) must be None or a mapping with the key 'rope_type'.")
     values = {key: value for key, value in rope_scaling.items() if key not in ("rope_type", "type")}
     rope_type = rope_scaling.get("rope_type", rope_scaling.get("type"))
+    if rope_scaling.get("type", rope_type) != rope_type:
+        raise ValueError(
+            f"rope_scaling['type'] ({rope_scaling['type']!r}) must equal rope_scaling['rope_type'] ({rope_type!r})."
+        )
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise ValueError(f"rope_scaling['rope_type'] ({rope_type!r}) must be one of {sorted(ROPE_TYPES)}.")
     _check_keys(rope_type, values)
     for key, value in values.items():
         _check_value(key, value, head_dim // 2, is_optional=key in ROPE_TYPES[rope_type][1])
     _check_lengths(rope_type, values, max_sequence_length)
+    if rope_type == "dynamic" and head_dim < 4:
+        raise ValueError(f"head_dim ({head_dim}) must be at least 4 for rope_scaling of type 'dynamic'.")
     return {"rope_type": rope_type, **values}
 
 
@@ -84,6 +90,8 @@ def _check_lengths(rope_type: str, values: dict, max_sequence_length: int | None
     )
     if needs_length and max_sequence_length is None:
         raise ValueError(f"max_sequence_length (None) must be given for rope_scaling {values} of type {rope_type!r}.")
+    if rope_type == "longrope" and (original or max_sequence_length) < 2:
+        raise ValueError(f"max_sequence_length ({max_sequence_length}) must be at least 2 for type 'longrope'.")
     if rope_type == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
         raise ValueError(
             f"rope_scaling['low_freq_factor'] ({values['low_freq_factor']}) must be less than "

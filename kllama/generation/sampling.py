@@ -1,6 +1,6 @@
 """Choosing the next token from its logits. A sampler sees logits, never the model.
 
-The order is transformers': temperature, then top-k, then top-p, then a draw from what is left.
+The order is transformers': temperature, then top-k, top-p and min-p, then a draw from what is left.
 """
 
 import dataclasses
@@ -24,22 +24,26 @@ class Sampling:
         temperature: at least 0; what logits are divided by. 0 means greedy: the token with the largest logit.
         top_k: keep the k tokens with the largest logits, or None for all.
         top_p: keep the fewest tokens whose probabilities sum to at least p, in (0, 1].
+        min_p: keep the tokens at least p times as probable as the most probable one, in [0, 1].
 
     Raises:
         TypeError: for a value of the wrong type.
         ValueError: for a value out of range.
 
     References: Fan et al., "Hierarchical Neural Story Generation" (arXiv:1805.04833), section 5.3 (top-k); Holtzman et
-    al., "The Curious Case of Neural Text Degeneration" (arXiv:1904.09751), section 3.1 (top-p).
+    al., "The Curious Case of Neural Text Degeneration" (arXiv:1904.09751), section 3.1 (top-p); Nguyen et al.,
+    "Turning Up the Heat" (arXiv:2407.01082), section 3 (min-p).
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self):
         check_number("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
         check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "greater than 0 and at most 1")
+        check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "at least 0 and at most 1")
         if self.top_k is not None:
             check_integer("top_k", self.top_k, minimum=1)
 
@@ -84,6 +88,8 @@ def choose(logits, sampling: Sampling, seed, step):
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
     return draw(logits, seed, step)
 
 
@@ -100,6 +106,11 @@ def keep_top_p(logits, p: float):
     before = ops.cumsum(probabilities, axis=-1) - probabilities
     kept = ops.take_along_axis(before < p, ops.argsort(order, axis=-1), axis=-1)
     return ops.where(kept, logits, REMOVED)
+
+
+def keep_min_p(logits, p: float):
+    """Remove the logits of each row that are less than p times as probable as its largest; (B, V) -> (B, V)."""
+    return ops.where(logits < ops.max(logits, axis=-1, keepdims=True) + math.log(p), REMOVED, logits)
 
 
 def draw(logits, seed, step):

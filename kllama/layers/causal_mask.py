@@ -26,3 +26,6 @@ class CausalMask(keras.layers.Layer):
     def compute_output_spec(self, padding_mask):
         batch_size, length = padding_mask.shape
         return keras.KerasTensor((batch_size, 1, length, length), dtype="bool")
+
+    def get_config(self):
+        return super().get_config()  # Keras cannot derive it where `dtype` is a policy map.

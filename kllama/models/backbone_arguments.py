@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping
+from numbers import Integral
 
 from kllama.arguments import check_flag, check_integer, check_number
 from kllama.core.activations import get_activation
@@ -21,7 +22,7 @@ _COUNTS = (
 _POSITIVE = ("rope_max_wavelength", "layer_norm_epsilon", "initializer_range")
 _RATES = ("dropout", "attention_dropout")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-_OPTIONAL = ("max_sequence_length",)
+_OPTIONAL = ("head_dim", "max_sequence_length")
 _LAYER_KEYWORDS = ("name", "trainable")
 
 CONFIG_NAMES = (*_COUNTS, *_POSITIVE, *_RATES, *_FLAGS, "activation", "rope_scaling")
@@ -36,69 +37,76 @@ KERAS_HUB_ROPE_KEYWORDS = (
 )
 
 
-def check_arguments(arguments: Mapping) -> None:
-    """Check the arguments of a backbone, apart from `dtype` and rope scaling.
+def settle_arguments(arguments: Mapping, rope_scaling_factor: float, keywords: Mapping) -> dict:
+    """Check the arguments of a backbone and give the config that they amount to.
+
+    Args:
+        arguments: a value for each of `CONFIG_NAMES`.
+        rope_scaling_factor: the constructor's argument of that name.
+        keywords: further keywords: KerasHub 0.32's five `rope_*` ones.
+
+    Returns:
+        A value for each of `CONFIG_NAMES`: plain Python numbers, `head_dim` filled in, and in `rope_scaling` the one
+        mapping that the three ways of asking for position scaling mean.
 
     Raises:
         TypeError: for a value of the wrong type.
-        ValueError: for a value out of range, and for heads that do not fit together.
+        ValueError: for a value out of range, heads that do not fit together, and position scaling asked for twice.
     """
+    config = dict(arguments)
     for name in _COUNTS:
-        if not (arguments[name] is None and name in _OPTIONAL):
-            check_integer(name, arguments[name], minimum=1)
+        if not (config[name] is None and name in _OPTIONAL):
+            check_integer(name, config[name], minimum=1)
+            config[name] = int(config[name])
     for name in _POSITIVE:
-        check_number(name, arguments[name], lambda x: 0 < x < math.inf, "a positive finite number")
+        check_number(name, config[name], lambda x: 0 < x < math.inf, "a positive finite number")
+        config[name] = _plain(config[name])
     for name in _RATES:
-        check_number(name, arguments[name], lambda x: 0 <= x < 1, "at least 0 and less than 1")
+        check_number(name, config[name], lambda x: 0 <= x < 1, "at least 0 and less than 1")
+        config[name] = _plain(config[name])
     for name in _FLAGS:
-        check_flag(name, arguments[name])
-    get_activation(arguments["activation"])
-    _check_heads(arguments)
+        check_flag(name, config[name])
+    get_activation(config["activation"])
+    _settle_heads(config)
+    config["rope_scaling"] = _settle_rope_scaling(config, rope_scaling_factor, keywords)
+    return config
 
 
-def resolve_head_dim(head_dim, hidden_dim, num_query_heads) -> int:
-    """Give `head_dim`, or hidden_dim / num_query_heads where it is None.
-
-    Raises:
-        ValueError: if the division leaves a remainder.
-    """
-    if head_dim is not None:
-        return head_dim
-    check_integer("hidden_dim", hidden_dim, minimum=1)
-    check_integer("num_query_heads", num_query_heads, minimum=1)
-    if hidden_dim % num_query_heads:
+def _settle_heads(config: dict) -> None:
+    hidden_dim, num_query_heads = config["hidden_dim"], config["num_query_heads"]
+    if config["head_dim"] is None:
+        if hidden_dim % num_query_heads:
+            raise ValueError(
+                f"hidden_dim ({hidden_dim}) must be a multiple of num_query_heads ({num_query_heads}), or head_dim be "
+                "given."
+            )
+        config["head_dim"] = hidden_dim // num_query_heads
+    if config["head_dim"] % 2:
+        raise ValueError(f"head_dim ({config['head_dim']}) must be even: rotary positions turn pairs.")
+    if num_query_heads % config["num_key_value_heads"]:
         raise ValueError(
-            f"hidden_dim ({hidden_dim}) must be a multiple of num_query_heads ({num_query_heads}), or head_dim given."
+            f"num_query_heads ({num_query_heads}) must be a multiple of num_key_value_heads "
+            f"({config['num_key_value_heads']})."
         )
-    return hidden_dim // num_query_heads
 
 
-def resolve_rope_scaling(
-    rope_scaling, rope_scaling_factor, keras_hub_keywords: Mapping, head_dim: int, max_sequence_length
-) -> dict | None:
-    """Give the one `rope_scaling` mapping that the three ways of asking for it mean.
-
-    Args:
-        rope_scaling: the mapping itself, or None.
-        rope_scaling_factor: shorthand for `{"rope_type": "linear", "factor": rope_scaling_factor}`; 1 asks for nothing.
-        keras_hub_keywords: those of KerasHub 0.32's five `rope_*` keywords that were given.
-        head_dim: H.
-        max_sequence_length: the model's longest sequence, or None.
-
-    Raises:
-        ValueError: if more than one way is used, or a value is wrong.
-    """
-    check_number("rope_scaling_factor", rope_scaling_factor, lambda x: 1 <= x < math.inf, "a number of at least 1")
+def _settle_rope_scaling(config: dict, factor: float, keywords: Mapping) -> dict | None:
     asked = {
-        "rope_scaling": rope_scaling,
-        "rope_scaling_factor": _linear(rope_scaling_factor),
-        "KerasHub's rope keywords": _from_keras_hub(**keras_hub_keywords),
+        "rope_scaling": config["rope_scaling"],
+        "rope_scaling_factor": _linear("rope_scaling_factor", factor),
+        "KerasHub's rope keywords": _from_keras_hub(**keywords),
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     if len(asked) > 1:
         raise ValueError(f"Position scaling is given more than once, by {' and '.join(asked)}: {asked}; expected one.")
     for mapping in asked.values():
-        return check_rope_scaling(mapping, head_dim, max_sequence_length)
+        mapping = check_rope_scaling(mapping, config["head_dim"], config["max_sequence_length"])
+        if mapping["rope_type"] == "yarn" and config["rope_max_wavelength"] <= 1:
+            raise ValueError(
+                f"rope_max_wavelength ({config['rope_max_wavelength']}) must be greater than 1 with rope_scaling of "
+                "type 'yarn'."
+            )
+        return mapping
     return None
 
 
@@ -112,8 +120,9 @@ def refuse_unknown_keywords(keywords: Mapping) -> None:
         raise TypeError(f"LlamaBackbone got unknown keyword arguments {unknown}.{hint}")
 
 
-def _linear(factor):
-    return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+def _linear(name, factor):
+    check_number(name, factor, lambda x: 1 <= x < math.inf, "a number of at least 1")
+    return None if factor == 1 else {"rope_type": "linear", "factor": _plain(factor)}
 
 
 def _from_keras_hub(
@@ -131,7 +140,7 @@ def _from_keras_hub(
     }
     given = [value is not None for value in llama3.values()]
     if not any(given):
-        return _linear(rope_position_scaling_factor)
+        return _linear("rope_position_scaling_factor", rope_position_scaling_factor)
     if not all(given) or rope_position_scaling_factor != 1:
         raise ValueError(
             "rope_frequency_adjustment_factor, rope_low_freq_factor, rope_high_freq_factor and "
@@ -141,11 +150,6 @@ def _from_keras_hub(
     return {"rope_type": "llama3", **llama3}
 
 
-def _check_heads(arguments):
-    num_query_heads, num_key_value_heads = arguments["num_query_heads"], arguments["num_key_value_heads"]
-    if num_query_heads % num_key_value_heads:
-        raise ValueError(
-            f"num_query_heads ({num_query_heads}) must be a multiple of num_key_value_heads ({num_key_value_heads})."
-        )
-    if arguments["head_dim"] % 2:
-        raise ValueError(f"head_dim ({arguments['head_dim']}) must be even: rotary positions turn pairs.")
+def _plain(number):
+    """Give a number, NumPy's too, as Python's own: configs are written as JSON."""
+    return int(number) if isinstance(number, Integral) else float(number)

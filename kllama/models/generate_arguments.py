@@ -2,14 +2,18 @@
 
 import dataclasses
 import random
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from numbers import Integral
 
 import keras
 import numpy as np
 
-from kllama.arguments import check_integer
+from kllama.arguments import check_flag, check_integer
+from kllama.checkpoints.config import GENERATION_KEYS
 from kllama.generation.sampling import GREEDY, Sampling, sampling_of
+
+_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 
 KERAS_HUB_DEFAULT = Sampling(top_k=5)
 """What `compile(sampler="top_k")` means."""
@@ -22,13 +26,15 @@ class Prompts:
     Attributes:
         rows: one int32 array of token ids a row.
         width: the width that the caller's padded ids had, or None for text.
+        num_tokens: size of the tokenizer's vocabulary, or None where ids were passed.
         finish_text: function ({"token_ids", "padding_mask"}) -> list of strings, or None where ids were passed.
         is_single: whether the caller passed one string.
     """
 
     rows: list
     width: int | None = None
-    finish_text: object = None
+    num_tokens: int | None = None
+    finish_text: Callable | None = None
     is_single: bool = False
 
     @property
@@ -79,7 +85,12 @@ def read_prompts(inputs, preprocessor) -> Prompts:
         )
     if preprocessor is None:
         raise ValueError("inputs are text, but the model has no preprocessor; expected a dict of token_ids.")
-    return Prompts(_tokenize(texts, preprocessor), None, preprocessor.generate_postprocess, isinstance(inputs, str))
+    return Prompts(
+        _tokenize(texts, preprocessor),
+        num_tokens=preprocessor.tokenizer.vocabulary_size(),
+        finish_text=preprocessor.generate_postprocess,
+        is_single=isinstance(inputs, str),
+    )
 
 
 def _tokenize(texts, preprocessor) -> list[np.ndarray]:
@@ -178,11 +189,29 @@ def resolve_stop_token_ids(stop_token_ids, preprocessor, generation_config: Mapp
     return sorted({int(i) for i in stop_token_ids})
 
 
+def check_generation_config(config: Mapping) -> dict:
+    """Check a `generation_config` and return a copy of it.
+
+    Raises:
+        TypeError: for a value of the wrong type.
+        ValueError: for an unknown key or a value out of range.
+    """
+    unknown = sorted(config.keys() - set(GENERATION_KEYS))
+    if unknown:
+        raise ValueError(f"generation_config has unknown keys {unknown}; expected some of {list(GENERATION_KEYS)}.")
+    if "do_sample" in config:
+        check_flag("generation_config['do_sample']", config["do_sample"])
+    for token_id in config.get("stop_token_ids", ()):
+        check_integer("generation_config['stop_token_ids']", token_id, minimum=0)
+    Sampling(**_sampling_settings(config))
+    return dict(config)
+
+
 def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping) -> Sampling | None:
     """Settle how to sample: what the call says, else `compile`, else the checkpoint, else KerasHub's default.
 
     Args:
-        call: `temperature`, `top_k` and `top_p` of the call, None where it does not say.
+        call: `temperature`, `top_k`, `top_p` and `min_p` of the call, None where it does not say.
         compiled_sampler: the sampler that `compile` was given, or None for "auto".
         generation_config: the checkpoint's.
 
@@ -194,14 +223,26 @@ def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping
         return Sampling(**said)
     if compiled_sampler is not None:
         return sampling_of(compiled_sampler)
+    if generation_config.get("repetition_penalty", 1) != 1:
+        penalty = generation_config["repetition_penalty"]
+        warnings.warn(
+            f"generation_config asks for repetition_penalty={penalty}; generate does not apply it.", stacklevel=3
+        )
     if generation_config.get("do_sample") is False:
         return GREEDY
-    wanted = {name: generation_config[name] for name in ("temperature", "top_k", "top_p") if name in generation_config}
+    wanted = _sampling_settings(generation_config)
     return Sampling(**wanted) if wanted else KERAS_HUB_DEFAULT
 
 
+def _sampling_settings(generation_config: Mapping) -> dict:
+    settings = {name: generation_config[name] for name in _SAMPLING_NAMES if name in generation_config}
+    if settings.get("top_k") == 0:  # how transformers' files say that all tokens are kept
+        del settings["top_k"]
+    return settings
+
+
 def resolve_seed(seed, sampler) -> int:
-    """Settle the seed: the call's, else the next of a compiled sampler that was given a seed, else a new one.
+    """Settle the seed: the call's, else the next of the sampler that `compile` was given with a seed, else a new one.
 
     New ones come from Python's generator, as Keras' do, so `keras.utils.set_random_seed` makes them repeat.
     """
@@ -210,7 +251,7 @@ def resolve_seed(seed, sampler) -> int:
         if seed >= 2**31:
             raise ValueError(f"seed ({seed}) must be less than 2 ** 31.")
         return int(seed)
-    if vars(sampler).get("seed") is None:
+    if sampler is None or vars(sampler).get("seed") is None:
         return random.randrange(2**31)
     state = keras.ops.convert_to_numpy(sampler.seed_generator.next()).astype("int64")
     return int((state[0] * 1_000_003 + state[1]) % 2**31)

@@ -5,6 +5,7 @@ file builds the model that they describe and fills it).
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import keras
 import keras_hub
@@ -22,10 +23,8 @@ from kllama.layers.token_embedding import TokenEmbedding
 from kllama.models.backbone_arguments import (
     CONFIG_NAMES,
     KERAS_HUB_ROPE_KEYWORDS,
-    check_arguments,
     refuse_unknown_keywords,
-    resolve_head_dim,
-    resolve_rope_scaling,
+    settle_arguments,
 )
 from kllama.models.dtypes import resolve_dtype
 
@@ -121,8 +120,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
     ):
         keras_hub_rope = {name: kwargs.pop(name) for name in KERAS_HUB_ROPE_KEYWORDS if name in kwargs}
         refuse_unknown_keywords(kwargs)
-        head_dim = resolve_head_dim(head_dim, hidden_dim, num_query_heads)
-        config = {
+        arguments = {
             "vocabulary_size": vocabulary_size,
             "num_layers": num_layers,
             "num_query_heads": num_query_heads,
@@ -134,7 +132,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
             "dropout": dropout,
             "tie_word_embeddings": tie_word_embeddings,
             "head_dim": head_dim,
-            "rope_scaling": None,
+            "rope_scaling": rope_scaling,
             "max_sequence_length": max_sequence_length,
             "attention_bias": attention_bias,
             "mlp_bias": mlp_bias,
@@ -142,44 +140,46 @@ class LlamaBackbone(keras_hub.models.Backbone):
             "attention_dropout": attention_dropout,
             "initializer_range": initializer_range,
         }
-        check_arguments(config)
-        config["rope_scaling"] = rope_scaling = resolve_rope_scaling(
-            rope_scaling, rope_scaling_factor, keras_hub_rope, head_dim, max_sequence_length
-        )
+        config = SimpleNamespace(**settle_arguments(arguments, rope_scaling_factor, keras_hub_rope))
 
         # === Layers ===
-        initializer = keras.initializers.RandomNormal(stddev=initializer_range)
+        initializer = keras.initializers.RandomNormal(stddev=config.initializer_range)
         self.token_embedding = TokenEmbedding(
-            vocabulary_size,
-            hidden_dim,
-            tie_weights=tie_word_embeddings,
+            config.vocabulary_size,
+            config.hidden_dim,
+            tie_weights=config.tie_word_embeddings,
             embeddings_initializer=initializer.clone(),
             dtype=dtype,
             name="token_embedding",
         )
         self.rotary_embedding = RotaryEmbedding(
-            head_dim, rope_max_wavelength, rope_scaling, max_sequence_length, dtype=dtype, name="rotary_embedding"
+            config.head_dim,
+            config.rope_max_wavelength,
+            config.rope_scaling,
+            config.max_sequence_length,
+            dtype=dtype,
+            name="rotary_embedding",
         )
         self.causal_mask = CausalMask(dtype=dtype, name="causal_mask")
         self.transformer_layers = [
             LlamaDecoderLayer(
-                num_query_heads,
-                num_key_value_heads,
-                head_dim,
-                intermediate_dim,
-                activation=activation,
-                layer_norm_epsilon=layer_norm_epsilon,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                attention_bias=attention_bias,
-                mlp_bias=mlp_bias,
+                config.num_query_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+                config.intermediate_dim,
+                activation=config.activation,
+                layer_norm_epsilon=config.layer_norm_epsilon,
+                dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
+                attention_bias=config.attention_bias,
+                mlp_bias=config.mlp_bias,
                 kernel_initializer=initializer.clone(),
                 dtype=dtype,
                 name=f"transformer_layer_{i}",
             )
-            for i in range(num_layers)
+            for i in range(config.num_layers)
         ]
-        self.layer_norm = RMSNorm(layer_norm_epsilon, dtype=dtype, name="sequence_output_layernorm")
+        self.layer_norm = RMSNorm(config.layer_norm_epsilon, dtype=dtype, name="sequence_output_layernorm")
 
         # === Functional Model ===
         token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
@@ -197,7 +197,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
         )
 
         # === Config ===
-        for name, value in config.items():
+        for name, value in vars(config).items():
             setattr(self, name, value)
 
     def get_config(self):
@@ -236,12 +236,15 @@ class LlamaBackbone(keras_hub.models.Backbone):
     @classmethod
     def from_checkpoint(cls, checkpoint, load_weights: bool = True, *, dtype=None, **kwargs):
         """Build a backbone from a checkpoint that `kllama.checkpoints.formats.open_checkpoint` has opened."""
-        refuse_unknown_keywords({name: value for name, value in kwargs.items() if name not in CONFIG_NAMES})
-        config = {**checkpoint.backbone_config, "dtype": resolve_dtype(dtype, checkpoint.dtype), **kwargs}
+        config = {**checkpoint.backbone_config, "dtype": resolve_dtype(dtype, checkpoint.dtype)}
+        if not {"rope_scaling_factor", *KERAS_HUB_ROPE_KEYWORDS}.isdisjoint(kwargs):
+            config["rope_scaling"] = None
         try:
             with uninitialized_weights() if load_weights else contextlib.nullcontext():
-                backbone = cls(**config)
+                backbone = cls(**{**config, **kwargs})
         except (TypeError, ValueError) as error:
+            if kwargs:  # the caller's own values may be what is wrong
+                raise
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         if load_weights:
             assign_weights(backbone, checkpoint.tensors())

@@ -10,12 +10,13 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from kllama import backend
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.errors import CheckpointError
 from kllama.generation import plain_loop
+from kllama.generation.programs import Programs
 from kllama.generation.sampling import Sampling, choose
 from kllama.models.generate_arguments import (
+    check_generation_config,
     check_ids,
     check_lengths,
     read_prompts,
@@ -31,6 +32,8 @@ from kllama.training.data import is_text, is_token_ids, prepare_texts, prepare_t
 from kllama.training.losses import TokenCrossentropy
 from kllama.training.metrics import Perplexity, TokenAccuracy
 
+_TASK_KEYWORDS = {"compile", "name", "trainable"}
+
 
 @keras.saving.register_keras_serializable(package="kllama")
 class LlamaCausalLM(keras_hub.models.CausalLM):
@@ -40,9 +43,14 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         backbone: a `LlamaBackbone`.
         preprocessor: a `LlamaCausalLMPreprocessor`, or None to work on token ids alone.
         generation_config: how the checkpoint wants to be sampled: a dict with some of `stop_token_ids` (list of int),
-            `do_sample`, `temperature`, `top_k` and `top_p`. Its stop ids always count; the rest is what `generate` does
-            when neither the call nor `compile` says otherwise.
-        **kwargs: `name`, and `compile=False` to leave the model uncompiled.
+            `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` (which `generate` does not
+            apply, and says so). Its stop ids always count; the rest is what `generate` does when neither the call nor
+            `compile` says otherwise.
+        **kwargs: `name`, `trainable`, and `compile=False` to leave the model uncompiled.
+
+    Raises:
+        TypeError: for an unknown keyword or a value of the wrong type.
+        ValueError: for a `generation_config` with unknown keys or values out of range.
 
     Inputs and output: called on `{"token_ids": int32 (B, T), "padding_mask": (B, T) with 1 for real tokens, or None}`;
     gives float32 logits (B, T, V), in every dtype policy.
@@ -64,11 +72,20 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
     preprocessor_cls = LlamaCausalLMPreprocessor
 
     def __init__(self, backbone, preprocessor=None, *, generation_config: dict | None = None, **kwargs):
+        if not isinstance(backbone, LlamaBackbone):
+            raise TypeError(f"backbone ({backbone!r}) must be a LlamaBackbone.")
+        unknown = sorted(kwargs.keys() - _TASK_KEYWORDS)
+        if unknown:
+            raise TypeError(
+                f"LlamaCausalLM got unknown keyword arguments {unknown}; it takes {sorted(_TASK_KEYWORDS)}."
+            )
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
-        self.generation_config = dict(generation_config or {})
-        self._decoders = {}
+        self.generation_config = check_generation_config(generation_config or {})
+        self._programs = Programs()
+        self._compile_choices = {"loss": "auto", "weighted_metrics": "auto", "sampler": "auto"}
 
         # === Functional Model ===
         inputs = backbone.input
@@ -131,21 +148,27 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             sampler="top_k" if _is_auto(sampler) else sampler,
             **kwargs,
         )
-        self._decoders = {}
+        self._programs = Programs()
 
     def get_compile_config(self):
         """Describe the compiled state, sampler included, so that a `.keras` file keeps it."""
+        if not self.compiled:
+            return {}
         config = super().get_compile_config()
         for name, choice in self._compile_choices.items():
             if _is_auto(choice):
                 config[name] = "auto"
         config.setdefault("sampler", keras_hub.samplers.serialize(self.sampler))
+        config["has_optimizer_state"] = self.optimizer.built
         return config
 
     def compile_from_config(self, config):
         """Compile as `get_compile_config` described."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        choices = keras.saving.deserialize_keras_object(config)
+        has_optimizer_state = choices.pop("has_optimizer_state")
+        self.compile(**choices)
+        if has_optimizer_state:  # Keras loads it into the variables that are made here
+            self.optimizer.build(self.trainable_variables)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Turn text into (x, y, sample_weight); token ids pass, completed by their own next tokens as labels."""
@@ -218,11 +241,12 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         seed: int | None = None,
     ):
         """Continue prompts.
 
-        A call's own `temperature`, `top_k` and `top_p` beat what `compile` chose, which beats the checkpoint's
+        A call's own `temperature`, `top_k`, `top_p` and `min_p` beat what `compile` chose, which beats the checkpoint's
         `generation_config`, which beats KerasHub's default (top-k with k = 5).
 
         Args:
@@ -237,6 +261,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             temperature: at least 0; what logits are divided by. 0 takes the most likely token each time.
             top_k: sample among the k most likely tokens.
             top_p: sample among the fewest tokens whose probabilities sum to at least p, in (0, 1].
+            min_p: sample among the tokens at least p times as probable as the most probable one, in [0, 1].
             seed: non-negative integer below 2 ** 31. The same seed gives the same text on the same backend.
 
         Returns:
@@ -258,37 +283,28 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         stop_token_ids = resolve_stop_token_ids(
             stop_token_ids, self.preprocessor, self.generation_config, self.backbone
         )
-        sampling = resolve_sampling(
-            {"temperature": temperature, "top_k": top_k, "top_p": top_p},
-            None if _is_auto(self._compile_choices["sampler"]) else self.sampler,
-            self.generation_config,
-        )
+        call = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        sampler = None if _is_auto(self._compile_choices["sampler"]) else self.sampler
+        sampling = resolve_sampling(call, sampler, self.generation_config)
         if sampling is None:
             results = self._generate_with_sampler(prompts, limits, stop_token_ids)
         else:
-            seed = resolve_seed(seed, self.sampler)
+            seed = resolve_seed(seed, sampler)
             results = self._generate_plainly(prompts, limits, stop_token_ids, sampling, seed)
         return prompts.finish(*results, strip_prompt=strip_prompt)
 
     def _generate_plainly(self, prompts, limits, stop_token_ids, sampling: Sampling, seed: int):
         token_ids = prompts.padded(plain_loop.bucket(int(limits.max())))
-        decoder = self._decoder(sampling, plain_loop.bucket(int(prompts.lengths.max())))
+        settings = {"sampling": sampling, "prompt_width": plain_loop.bucket(int(prompts.lengths.max()))}
+        # A model may have more embedding rows than its tokenizer has tokens; text can be made of tokens only.
+        settings["num_tokens"] = prompts.num_tokens or self.backbone.vocabulary_size
+        decode = functools.partial(self._decode, **settings)
+        decoder = self._programs.get(tuple(settings.values()), self.variables, decode)
         arrays = token_ids, prompts.lengths, limits, np.asarray(stop_token_ids, "int32"), np.int32(seed)
         token_ids, lengths = decoder(*(ops.convert_to_tensor(array, "int32") for array in arrays))
         return ops.convert_to_numpy(token_ids), ops.convert_to_numpy(lengths)
 
-    def _decoder(self, sampling: Sampling, prompt_width: int):
-        """Give the compiled decoding program for a way of sampling and a width of the prompts."""
-        # A program reads the variables that it was compiled for: more of them (LoRA's, say) are another program. They
-        # are kept beside it, so that no other variable can get the id of one.
-        variables = self.variables
-        key = (sampling, prompt_width, *map(id, variables))
-        if key not in self._decoders:
-            decode = functools.partial(self._decode, sampling=sampling, prompt_width=prompt_width)
-            self._decoders[key] = backend.compile_function(decode, variables), variables
-        return self._decoders[key][0]
-
-    def _decode(self, token_ids, lengths, limits, stop_token_ids, seed, *, sampling, prompt_width):
+    def _decode(self, token_ids, lengths, limits, stop_token_ids, seed, *, sampling, prompt_width, num_tokens):
         # Types of rotary embedding that depend on the length keep the prompts' from here on, as their cached keys do.
         rope_length = ops.max(lengths)
         cache = self._empty_cache(token_ids)
@@ -297,7 +313,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
 
         def step(token, cache, index):
             hidden_states, cache = self._hidden_states_with_cache(token, cache, index, rope_length)
-            return self.backbone.token_embedding(hidden_states, reverse=True)[:, -1], cache
+            return self.backbone.token_embedding(hidden_states, reverse=True)[:, -1, :num_tokens], cache
 
         def choose_one(logits, index):
             return choose(logits, sampling, seed, index)

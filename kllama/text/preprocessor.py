@@ -81,9 +81,10 @@ class LlamaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} = {value!r}; expected True or False.")
         super().__init__(tokenizer, sequence_length, add_start_token, add_end_token, **kwargs)
+        self.built = True
 
     def build(self, input_shape):
-        self.built = True  # The base class makes a packer here; rows are packed by `_pack`.
+        pass  # The base class makes a packer here; rows are packed by `_pack`.
 
     @property
     def sequence_length(self) -> int:

@@ -82,6 +82,7 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         self.parse_special = parse_special
         self.file_assets = [ASSET]
         self._vocabulary = None
+        self.built = True
         if tokenizer is not None:
             self._set_vocabulary(open_tokenizer(tokenizer))
 

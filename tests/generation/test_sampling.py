@@ -1,4 +1,4 @@
-"""Sampling, one function at a time, against recorded vectors of transformers and llama.cpp and against its own words."""
+"""Sampling, one function at a time, against recorded vectors of transformers and by its own words."""
 
 import json
 
@@ -13,6 +13,7 @@ from kllama.generation.sampling import (
     Sampling,
     choose,
     draw,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     sampling_of,
@@ -60,11 +61,21 @@ def test_top_p(p, expected):
     np.testing.assert_allclose(kept_probabilities(kept)[0], np.array(expected)[shuffled], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [(0.24, [0.1, 0.2, 0.3, 0.4]), (0.26, [0, 2 / 9, 3 / 9, 4 / 9]), (0.51, [0, 0, 3 / 7, 4 / 7]), (1, [0, 0, 0, 1])],
+)
+def test_min_p(p, expected):
+    kept = keep_min_p(ops.convert_to_tensor(logits_of(PROBABILITIES)), p)
+    np.testing.assert_allclose(kept_probabilities(kept)[0], expected, atol=1e-6)
+
+
 def test_recorded_transformers_processors(assets):
     functions = {
         "temperature": lambda scores, temperature: scores / temperature,
         "top_k": lambda scores, top_k, **_: keep_top_k(scores, top_k),
         "top_p": lambda scores, top_p, **_: keep_top_p(scores, top_p),
+        "min_p": lambda scores, min_p, **_: keep_min_p(scores, min_p),
     }
     cases = json.loads((assets / "goldens" / "sampling.json").read_text())["transformers"]
     checked = 0
@@ -129,6 +140,8 @@ def test_a_small_temperature_all_but_takes_the_largest():
         ({"top_p": 0}, ValueError, "top_p (0) must be greater than 0 and at most 1"),
         ({"top_p": 1.1}, ValueError, "top_p (1.1)"),
         ({"top_p": float("nan")}, ValueError, "top_p (nan)"),
+        ({"min_p": -0.1}, ValueError, "min_p (-0.1) must be at least 0"),
+        ({"min_p": 1.1}, ValueError, "min_p (1.1)"),
     ],
 )
 def test_settings_out_of_range(arguments, error, words):

@@ -245,7 +245,11 @@ class TestRefusals:
             ({"max_length": -5}, ValueError, "max_length (-5)"),
             ({"max_length": 1.5}, TypeError, "max_length (1.5) must be an integer"),
             ({"max_length": True}, TypeError, "max_length (True)"),
-            ({"max_length": 10**12}, ValueError, "max_sequence_length (512)"),
+            (
+                {"max_length": 10**12},
+                ValueError,
+                "max_length (1000000000000, prompt included) must be less than 2 ** 31",
+            ),
             ({"max_length": 513}, ValueError, "max_length (513"),
             ({"max_length": 3}, ValueError, "tokens, max_length is 3"),
             ({"max_new_tokens": 0}, ValueError, "max_new_tokens (0)"),
@@ -294,6 +298,41 @@ class TestRefusals:
     def test_text_without_a_preprocessor(self, random_model):
         with pytest.raises(ValueError, match="no preprocessor"):
             random_model().generate("Once", max_new_tokens=2)
+
+
+def test_without_compile(random_model, token_ids):
+    backbone = random_model().backbone
+    model = kllama.LlamaCausalLM(backbone, compile=False)
+    assert model.generate({"token_ids": token_ids}, max_new_tokens=2, stop_token_ids=None)["token_ids"].shape == (4, 14)
+    assert model.get_compile_config() == {}
+
+
+def test_text_is_made_of_the_tokenizers_tokens(stories260k):
+    """A model may have more embedding rows than its tokenizer has tokens."""
+    config = {**stories260k.backbone.get_config(), "vocabulary_size": 700, "name": "wide"}
+    model = kllama.LlamaCausalLM(kllama.LlamaBackbone.from_config(config), stories260k.preprocessor)
+    assert isinstance(model.generate("Once", max_new_tokens=40, temperature=5.0, seed=1), str)
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "error", "words"),
+    [
+        ({"temprature": 1.0}, ValueError, "unknown keys ['temprature']"),
+        ({"temperature": -1}, ValueError, "temperature (-1)"),
+        ({"do_sample": 1}, TypeError, "generation_config['do_sample'] (1)"),
+        ({"stop_token_ids": [1.5]}, TypeError, "generation_config['stop_token_ids'] (1.5)"),
+    ],
+)
+def test_generation_config_is_checked(random_model, generation_config, error, words):
+    with pytest.raises(error) as caught:
+        kllama.LlamaCausalLM(random_model().backbone, generation_config=generation_config)
+    assert words in str(caught.value)
+
+
+def test_what_the_checkpoint_asks_for_in_vain_is_said(random_model, token_ids):
+    model = kllama.LlamaCausalLM(random_model().backbone, generation_config={"repetition_penalty": 1.1, "top_k": 0})
+    with pytest.warns(UserWarning, match="repetition_penalty=1.1"):
+        model.generate({"token_ids": token_ids}, max_new_tokens=2, stop_token_ids=None)
 
 
 def test_weights_are_never_stale(random_model, token_ids):

@@ -1,0 +1,88 @@
+"""A user of JAX or PyTorch needs no TensorFlow: a whole session in a process that cannot import it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SESSION = """
+import sys
+
+BLOCKED = {"tensorflow", "tensorflow_text", "tf_keras", "tensorflow_datasets"}
+asked = set()
+
+
+class Without:
+    "A meta-path finder that finds what another one does, but for TensorFlow."
+
+    def __init__(self, finder):
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            asked.add(name)
+            return None
+        return self._finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+
+import numpy as np
+import keras
+import kllama
+
+special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+tokenizer = kllama.LlamaTokenizer(
+    {
+        "version": "1.0",
+        "added_tokens": [{"id": 4, "content": "<s>", **special}, {"id": 5, "content": "</s>", **special}],
+        "model": {"type": "BPE", "vocab": {"<unk>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]},
+    },
+    start_token="<s>",
+    end_token="</s>",
+)
+preprocessor = kllama.LlamaCausalLMPreprocessor(tokenizer, sequence_length=8)
+model = kllama.LlamaCausalLM(kllama.LlamaBackbone(6, 1, 2, 8, 12, 1), preprocessor)
+
+texts = ["abab", "ab", "a", "bab"]
+first = model.fit(texts, batch_size=2, epochs=2, verbose=0).history["loss"]
+token_ids = np.array([[4, 3, 3, 5], [4, 1, 5, 0]], "int32")
+ids = {"token_ids": token_ids, "padding_mask": token_ids > 0}
+second = model.fit(ids, batch_size=2, verbose=0).history["loss"]
+results = model.evaluate(texts, verbose=0, return_dict=True)
+assert np.all(np.isfinite([*first, *second, *results.values()])), (first, second, results)
+print("trained", sorted(results))
+
+text = model.generate("ab", max_new_tokens=4, temperature=0.0)
+assert text.startswith("ab"), text
+print("generated")
+
+model.save_to_preset(sys.argv[1])
+loaded = kllama.LlamaCausalLM.from_preset(sys.argv[1])
+assert len(loaded.weights) == len(model.weights)
+for new, old in zip(loaded.weights, model.weights):
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (new.value, old.value)))
+assert loaded.generate("ab", max_new_tokens=4, temperature=0.0) == text
+print("loaded")
+
+assert not BLOCKED & set(sys.modules)
+assert "tensorflow" in asked  # so the lock does stand in the way
+print("done")
+"""
+
+
+@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="TensorFlow is the backend of this run")
+def test_a_session_without_tensorflow(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SESSION, str(tmp_path / "preset")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[-2] == "done"
