@@ -52,9 +52,6 @@ def test_the_rooms_are_the_ones_that_exist():
     assert named == {path.parent.name for path in ROOT.glob("kllama/*/*.py")}
 
 
-@pytest.mark.skipif(
-    not (ROOT / "presets" / "stories_1m_en" / "config.json").is_file(), reason="there is no preset stories_1m_en"
-)
 def test_python_blocks_run(tmp_path, assets):
     shutil.copytree(assets / "models" / "stories260K", tmp_path / "path" / "to" / "llama")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

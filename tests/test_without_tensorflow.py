@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import keras
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,9 +78,10 @@ print("done")
 """
 
 
-@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="TensorFlow is the backend of this run")
-def test_a_session_without_tensorflow(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+@pytest.mark.backend_independent  # each backend has a process of its own here
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_session_without_tensorflow(tmp_path, backend):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend}
     command = [sys.executable, "-c", SESSION, str(tmp_path / "preset")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

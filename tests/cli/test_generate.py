@@ -14,10 +14,8 @@ from kllama.cli.terminal import escape_controls
 from kllama.errors import CheckpointError, MissingFileError, NonFiniteError, ResourceError, UnsupportedError
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESET = ROOT / "presets" / "stories_1m_en"
 
 backend_independent = pytest.mark.backend_independent
-needs_preset = pytest.mark.skipif(not (PRESET / "config.json").is_file(), reason=f"there is no preset at {PRESET}")
 
 
 class StoryModel:
@@ -286,8 +284,6 @@ class TestBackendChoice:
 
 
 class TestEmbeddedPreset:
-    pytestmark = needs_preset
-
     def test_story(self):
         arguments = ("generate", "--max-new-tokens", "8", "--seed", "1", "Once upon a time")
         code, story, error = run(*arguments)

@@ -346,9 +346,7 @@ def test_weights_are_never_stale(random_model, token_ids):
 
 
 def test_compilations_do_not_grow_with_prompt_lengths(random_model, monkeypatch):
-    """JAX and TensorFlow trace `_decode` once for each bucket; PyTorch runs it at each call."""
-    if keras.config.backend() == "torch":
-        pytest.skip("PyTorch compiles nothing")
+    """JAX and TensorFlow trace `_decode` once for each bucket; PyTorch compiles nothing and runs it at each call."""
     traces = []
     original = kllama.LlamaCausalLM._decode
 
@@ -361,5 +359,5 @@ def test_compilations_do_not_grow_with_prompt_lengths(random_model, monkeypatch)
     for length in range(1, 40):
         model.generate({"token_ids": np.ones((1, length), "int32")}, max_new_tokens=3, stop_token_ids=None, seed=length)
     assert sorted(set(traces)) == [16, 32, 64]
-    # A prompt of 14 tokens and one of 30 end in a wider cache than the others of their bucket.
-    assert len(traces) <= 5
+    # Prompts of 14 to 16 tokens and of 30 to 32 end in a wider cache than the others of their bucket.
+    assert len(traces) == (39 if keras.config.backend() == "torch" else 5)
