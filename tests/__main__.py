@@ -25,7 +25,9 @@ ONE_THREAD = {
     "TOKENIZERS_PARALLELISM": "false",
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    # The last two: JAX compiles thousands of tiny programs here, and none of them is worth optimising.
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
 }
 
 

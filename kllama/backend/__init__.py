@@ -2,7 +2,8 @@
 
 `core/` is written over these names and over plain operators (`+`, `*`, `&`, slicing), which every framework's arrays
 understand. Only the files of this folder import a framework. The primitives take and give the framework's own arrays,
-never `keras.Variable` and never symbolic tensors: Keras runs a layer's `call` on real arrays or tracers.
+never `keras.Variable` and never symbolic tensors: Keras runs a layer's `call` on real arrays or tracers. One name may
+be None: `fused_attention`, where a framework has none with grouped heads.
 """
 
 import keras

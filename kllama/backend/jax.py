@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "shape",
     "sin",
     "softmax",
+    "synchronize",
     "uniform",
     "where",
 ]
@@ -88,14 +90,18 @@ def uniform(seed, step, size: tuple[int, ...], like):
     return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), size)
 
 
-def compile_function(function, variables):
+def compile_function(function, variables, *, is_eager: bool = False, jit_compile: bool = True):
     """Compile `function(*arrays)`, which reads Keras variables.
 
     Args:
         function: a pure function of nested arrays, traced once for each set of shapes.
         variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+        is_eager: whether to leave it as it is, so that it can be debugged.
+        jit_compile: whether to compile it with XLA; JAX knows no other way and always does.
     """
-    import keras
+    del jit_compile
+    if is_eager:
+        return function
 
     @jax.jit
     def traced(values, *arrays):
@@ -103,3 +109,8 @@ def compile_function(function, variables):
             return function(*arrays)
 
     return lambda *arrays: traced([variable.value for variable in variables], *arrays)
+
+
+def synchronize(model) -> None:
+    """Give the variables of a model that is being trained their current values, which Keras holds elsewhere."""
+    model.jax_state_sync()

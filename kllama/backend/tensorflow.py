@@ -21,6 +21,7 @@ __all__ = [
     "shape",
     "sin",
     "softmax",
+    "synchronize",
     "uniform",
     "where",
 ]
@@ -75,12 +76,18 @@ def uniform(seed, step, size: tuple[int, ...], like):
     return tf.random.stateless_uniform(size, seed=tf.stack([seed, step]))
 
 
-def compile_function(function, variables):
+def compile_function(function, variables, *, is_eager: bool = False, jit_compile: bool = True):
     """Compile `function(*arrays)`, which reads Keras variables.
 
     Args:
         function: a pure function of nested arrays, traced once for each set of shapes.
         variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+        is_eager: whether to leave it as it is, so that it can be debugged.
+        jit_compile: whether to compile it with XLA.
     """
     del variables  # A tf.function reads its variables at each call.
-    return tf.function(function, jit_compile=True, reduce_retracing=False)
+    return function if is_eager else tf.function(function, jit_compile=jit_compile, reduce_retracing=False)
+
+
+def synchronize(model) -> None:
+    """Give the variables of a model that is being trained their current values; here they always have them."""

@@ -71,3 +71,16 @@ def _call(function, text, dtypes):
         return function([value.decode("utf-8", "replace") for value in np.atleast_1d(values)])
 
     return tf.numpy_function(run, [text], dtypes)
+
+
+def next_token_labels(x, sample_weight=None):
+    """Complete token ids in a `tf.data` pipeline, as `kllama.training.data.prepare_token_ids` does in NumPy."""
+    x = dict(x) if isinstance(x, dict) else {"token_ids": x}
+    token_ids = x["token_ids"]
+    if x.get("padding_mask") is None:
+        x["padding_mask"] = tf.ones_like(token_ids, "int32")
+    is_real = tf.cast(x["padding_mask"][:, 1:], "float32")
+    is_real = tf.pad(is_real, [[0, 0], [0, 1]])
+    if sample_weight is not None:
+        is_real *= tf.reshape(tf.cast(sample_weight, "float32"), (tf.shape(token_ids)[0], -1))
+    return x, tf.roll(token_ids, -1, axis=1), is_real

@@ -22,6 +22,7 @@ __all__ = [
     "shape",
     "sin",
     "softmax",
+    "synchronize",
     "uniform",
     "where",
 ]
@@ -99,7 +100,7 @@ def uniform(seed, step, size: tuple[int, ...], like):
     return torch.as_tensor(generator.random(size, dtype="float32"), device=like.device)
 
 
-def compile_function(function, variables):
+def compile_function(function, variables, *, is_eager: bool = False, jit_compile: bool = True):
     """Compile `function(*arrays)`, which reads Keras variables.
 
     PyTorch runs it as it is, without gradients: its variables are read at each call.
@@ -107,6 +108,12 @@ def compile_function(function, variables):
     Args:
         function: a pure function of nested arrays.
         variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+        is_eager: whether to leave it as it is, so that it can be debugged.
+        jit_compile: whether to compile it with XLA, which PyTorch has not.
     """
-    del variables
+    del variables, is_eager, jit_compile
     return torch.no_grad()(function)
+
+
+def synchronize(model) -> None:
+    """Give the variables of a model that is being trained their current values; here they always have them."""

@@ -40,7 +40,6 @@ _SIZE = _integer(1, 2**24)
 _POSITIONS = _integer(1, 2**31 - 1)
 
 
-# Those of core/activations.py, written again because that needs a backend and a configuration does not.
 class _Field(NamedTuple):
     argument: str
     rule: _Rule

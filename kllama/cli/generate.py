@@ -15,7 +15,11 @@ EPILOG = 'A prompt that begins with a dash comes after two dashes: kllama genera
 @click.command("generate", epilog=EPILOG)
 @click.argument("prompt")
 @click.option("--preset", default="stories_1m_en", show_default=True, help="Name of a preset, or path of a checkpoint.")
-@click.option("--backend", type=click.Choice(BACKENDS), help="What computes. [default: KERAS_BACKEND, else keras.json]")
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    help="What computes. [default: KERAS_BACKEND, else keras.json, else the first installed]",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Stop after this many tokens.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 always takes the likeliest token.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens.")

@@ -77,8 +77,11 @@ def _grouped_attention(query, key, value, mask, dropout):
     num_groups = key.shape[2]
     # (B, T, N, H) -> (B, T, K, G, H): heads 0 to G - 1 belong to key/value head 0, and so on.
     batch_size, length = backend.shape(query)[:2]
-    grouped = backend.reshape(query, (batch_size, length, num_groups, num_heads // num_groups, head_dim))
-    scores = backend.cast(backend.einsum("btkgh,bskh->bkgts", grouped, key), "float32") * head_dim**-0.5
+    # Scaled before the product, which could overflow float16 otherwise.
+    grouped = backend.reshape(
+        query * head_dim**-0.5, (batch_size, length, num_groups, num_heads // num_groups, head_dim)
+    )
+    scores = backend.cast(backend.einsum("btkgh,bskh->bkgts", grouped, key), "float32")
     if mask is not None:
         scores = backend.where(mask[:, :, None], scores, -1e30)
     probabilities = backend.cast(backend.softmax(scores), value.dtype)

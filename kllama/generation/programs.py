@@ -13,17 +13,21 @@ class Programs:
 
     def __init__(self):
         self._programs = {}
+        self._variables = []
 
-    def get(self, settings: Hashable, variables: list, function: Callable) -> Callable:
-        """Give the compiled form of a function, compiled at most once for each settings and set of variables.
+    def get(self, settings: Hashable, variables: list, function: Callable, **options) -> Callable:
+        """Give the compiled form of a function, compiled at most once for the same settings and variables.
 
         Args:
             settings: what the function was made for.
-            variables: the `keras.Variable`s that it reads. New ones (LoRA's, say) make another program.
+            variables: the `keras.Variable`s that it reads. When they are others than last time (LoRA's came, or
+                quantised ones), the programs of the old ones are dropped, and with them their memory.
             function: a pure function of arrays, for `backend.compile_function`.
+            **options: those of `backend.compile_function`.
         """
-        key = settings, *map(id, variables)
+        if list(map(id, variables)) != list(map(id, self._variables)):
+            self._programs, self._variables = {}, variables
+        key = settings, *options.values()
         if key not in self._programs:
-            # The variables are kept beside the program, so that no other variable can get the id of one.
-            self._programs[key] = backend.compile_function(function, variables), variables
-        return self._programs[key][0]
+            self._programs[key] = backend.compile_function(function, variables, **options)
+        return self._programs[key]

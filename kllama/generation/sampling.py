@@ -5,6 +5,7 @@ The order is transformers': temperature, then top-k, top-p and min-p, then a dra
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import keras_hub
 from keras import ops
@@ -52,6 +53,25 @@ class Sampling:
         """Whether the token with the largest logit is taken."""
         return self.temperature == 0 or self.top_k == 1
 
+    @property
+    def plan(self) -> "SamplingPlan":
+        """What a compiled program is made for."""
+        return SamplingPlan(self.is_greedy, self.top_k, self.top_p < 1, self.min_p > 0)
+
+    @property
+    def values(self) -> tuple[float, float, float]:
+        """What a compiled program takes at each call: temperature, top_p and min_p."""
+        return self.temperature, self.top_p, self.min_p
+
+
+class SamplingPlan(NamedTuple):
+    """The steps of sampling, without their numbers: another temperature is no other program."""
+
+    is_greedy: bool
+    top_k: int | None
+    cuts_top_p: bool
+    cuts_min_p: bool
+
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -69,27 +89,29 @@ def sampling_of(sampler) -> Sampling | None:
     return None
 
 
-def choose(logits, sampling: Sampling, seed, step):
+def choose(logits, plan: SamplingPlan, values, seed, step):
     """Choose one token for each row.
 
     Args:
         logits: float32 (B, V).
-        sampling: how.
+        plan: `Sampling.plan`.
+        values: `Sampling.values`, three numbers or a float32 (3,).
         seed: int32 scalar; the same seed and step give the same noise.
         step: int32 scalar, the position that is being filled.
 
     Returns:
         int32 (B,).
     """
-    if sampling.is_greedy:
+    if plan.is_greedy:
         return ops.cast(ops.argmax(logits, axis=-1), "int32")
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = keep_min_p(logits, sampling.min_p)
+    temperature, top_p, min_p = values[0], values[1], values[2]
+    logits = logits / temperature
+    if plan.top_k is not None:
+        logits = keep_top_k(logits, plan.top_k)
+    if plan.cuts_top_p:
+        logits = keep_top_p(logits, top_p)
+    if plan.cuts_min_p:
+        logits = keep_min_p(logits, min_p)
     return draw(logits, seed, step)
 
 
@@ -99,7 +121,7 @@ def keep_top_k(logits, k: int):
     return ops.where(logits < smallest_kept, REMOVED, logits)
 
 
-def keep_top_p(logits, p: float):
+def keep_top_p(logits, p):
     """Remove all but the fewest largest logits of each row whose probabilities sum to at least p; (B, V) -> (B, V)."""
     order = ops.flip(ops.argsort(logits, axis=-1), axis=-1)
     probabilities = ops.softmax(ops.take_along_axis(logits, order, axis=-1), axis=-1)
@@ -108,9 +130,9 @@ def keep_top_p(logits, p: float):
     return ops.where(kept, logits, REMOVED)
 
 
-def keep_min_p(logits, p: float):
+def keep_min_p(logits, p):
     """Remove the logits of each row that are less than p times as probable as its largest; (B, V) -> (B, V)."""
-    return ops.where(logits < ops.max(logits, axis=-1, keepdims=True) + math.log(p), REMOVED, logits)
+    return ops.where(logits < ops.max(logits, axis=-1, keepdims=True) + ops.log(p), REMOVED, logits)
 
 
 def draw(logits, seed, step):

@@ -40,6 +40,11 @@ class RotaryEmbedding(keras.layers.Layer):
         self._frequencies = RotaryFrequencies(head_dim, max_wavelength, rope_scaling, max_sequence_length)
         self.built = True
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the tables change with the number of positions of a call (dynamic, longrope)."""
+        return self._frequencies.depends_on_length
+
     def call(self, token_ids, padding_mask=None, start_index=0, length=None):
         positions = backend.arange(backend.shape(token_ids)[1], token_ids)
         if length is None and self._frequencies.depends_on_length:

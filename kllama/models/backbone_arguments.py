@@ -19,13 +19,13 @@ _COUNTS = (
     "head_dim",
     "max_sequence_length",
 )
-_POSITIVE = ("rope_max_wavelength", "layer_norm_epsilon", "initializer_range")
+_POSITIVE = ("rope_max_wavelength", "layer_norm_epsilon")
 _RATES = ("dropout", "attention_dropout")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _OPTIONAL = ("head_dim", "max_sequence_length")
 _LAYER_KEYWORDS = ("name", "trainable")
 
-CONFIG_NAMES = (*_COUNTS, *_POSITIVE, *_RATES, *_FLAGS, "activation", "rope_scaling")
+CONFIG_NAMES = (*_COUNTS, *_POSITIVE, *_RATES, *_FLAGS, "initializer_range", "activation", "rope_scaling")
 """The arguments that make up a backbone's config, besides `name`, `trainable` and `dtype`."""
 
 KERAS_HUB_ROPE_KEYWORDS = (
@@ -61,6 +61,8 @@ def settle_arguments(arguments: Mapping, rope_scaling_factor: float, keywords: M
     for name in _POSITIVE:
         check_number(name, config[name], lambda x: 0 < x < math.inf, "a positive finite number")
         config[name] = _plain(config[name])
+    check_number("initializer_range", config["initializer_range"], lambda x: 0 <= x < math.inf, "at least 0")
+    config["initializer_range"] = _plain(config["initializer_range"])
     for name in _RATES:
         check_number(name, config[name], lambda x: 0 <= x < 1, "at least 0 and less than 1")
         config[name] = _plain(config[name])

@@ -1,6 +1,7 @@
 """The arguments of `generate`, checked and settled before any model runs; the same words on every backend."""
 
 import dataclasses
+import math
 import random
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from numbers import Integral
 import keras
 import numpy as np
 
-from kllama.arguments import check_flag, check_integer
+from kllama.arguments import check_flag, check_integer, check_number
 from kllama.checkpoints.config import GENERATION_KEYS
 from kllama.generation.sampling import GREEDY, Sampling, sampling_of
 
@@ -96,8 +97,9 @@ def read_prompts(inputs, preprocessor) -> Prompts:
 def _tokenize(texts, preprocessor) -> list[np.ndarray]:
     if not texts:
         return []
-    # Wide enough for all of them: a token stands for at least a byte. What is too long is told by `check_lengths`.
-    width = max(len(text.encode("utf-8", "replace")) for text in texts) + 16
+    # Wide enough for all of them: a token stands for at least a byte, and a normalizer makes at most 18 characters of
+    # one. What is too long is told by `check_lengths`.
+    width = 18 * max(len(text.encode("utf-8", "replace")) for text in texts) + 16
     prompts = preprocessor.generate_preprocess(texts, sequence_length=width)
     token_ids, mask = (keras.ops.convert_to_numpy(prompts[name]) for name in ("token_ids", "padding_mask"))
     return [row[keep.astype(bool)].astype("int32") for row, keep in zip(token_ids, mask, strict=True)]
@@ -156,9 +158,10 @@ def resolve_limits(prompts: Prompts, max_length, max_new_tokens, preprocessor, m
     if limits.max() >= 2**31:
         raise ValueError(f"max_length ({limits.max()}, prompt included) must be less than 2 ** 31.")
     if max_sequence_length is not None and limits.max() > max_sequence_length:
+        asked = f"max_length ({max_length})" if max_new_tokens is None else f"max_new_tokens ({max_new_tokens})"
         raise ValueError(
-            f"max_length ({limits.max()}, prompt included) must be at most the model's max_sequence_length "
-            f"({max_sequence_length})."
+            f"{asked} asks for {limits.max()} positions, prompt included; the model has {max_sequence_length} "
+            "(max_sequence_length)."
         )
     return limits.astype("int32")
 
@@ -167,7 +170,10 @@ def check_lengths(prompts: Prompts, limits: np.ndarray) -> None:
     """Raise a ValueError for a prompt that is longer than its limit."""
     for index, (length, limit) in enumerate(zip(prompts.lengths, limits, strict=True)):
         if length > limit:
-            raise ValueError(f"inputs row {index}: the prompt has {length} tokens, max_length is {limit}.")
+            raise ValueError(
+                f"inputs row {index}: the prompt has {length} tokens, max_length is {limit}. Shorten the prompt, or "
+                "raise max_length (by default the preprocessor's sequence_length)."
+            )
 
 
 def resolve_stop_token_ids(stop_token_ids, preprocessor, generation_config: Mapping, backbone) -> list[int]:
@@ -179,17 +185,28 @@ def resolve_stop_token_ids(stop_token_ids, preprocessor, generation_config: Mapp
         return sorted(ids)
     if stop_token_ids is None:
         return []
-    if isinstance(stop_token_ids, str) or not all(
-        isinstance(i, Integral) and not isinstance(i, bool) for i in stop_token_ids
-    ):
-        raise TypeError(f"stop_token_ids ({stop_token_ids!r}) must be 'auto', None, or a list of token ids.")
-    wrong = [i for i in stop_token_ids if not 0 <= i < backbone.vocabulary_size]
-    if wrong:
-        raise ValueError(f"stop_token_ids holds {wrong}; expected ids from 0 to {backbone.vocabulary_size - 1}.")
+    _check_token_ids("stop_token_ids", stop_token_ids, backbone.vocabulary_size)
     return sorted({int(i) for i in stop_token_ids})
 
 
-def check_generation_config(config: Mapping) -> dict:
+def _check_token_ids(name: str, ids, vocabulary_size: int) -> None:
+    is_list = isinstance(ids, list | tuple | set | np.ndarray)
+    if not is_list or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+        raise TypeError(f"{name} ({ids!r}) must be a list of token ids.")
+    wrong = [i for i in ids if not 0 <= i < vocabulary_size]
+    if wrong:
+        raise ValueError(f"{name} holds {wrong}; expected ids from 0 to {vocabulary_size - 1}.")
+
+
+def refuse_seed(seed, sampler) -> None:
+    """Raise a ValueError for a seed that a sampler with its own loop could not use."""
+    if seed is not None:
+        raise ValueError(
+            f"seed ({seed!r}) must be None with {type(sampler).__name__}, which draws for itself; give that a seed."
+        )
+
+
+def check_generation_config(config: Mapping, vocabulary_size: int) -> dict:
     """Check a `generation_config` and return a copy of it.
 
     Raises:
@@ -201,14 +218,17 @@ def check_generation_config(config: Mapping) -> dict:
         raise ValueError(f"generation_config has unknown keys {unknown}; expected some of {list(GENERATION_KEYS)}.")
     if "do_sample" in config:
         check_flag("generation_config['do_sample']", config["do_sample"])
-    for token_id in config.get("stop_token_ids", ()):
-        check_integer("generation_config['stop_token_ids']", token_id, minimum=0)
+    if "stop_token_ids" in config:
+        _check_token_ids("generation_config['stop_token_ids']", config["stop_token_ids"], vocabulary_size)
+    if "repetition_penalty" in config:
+        penalty = config["repetition_penalty"]
+        check_number("repetition_penalty", penalty, lambda x: 0 < x < math.inf, "a positive number")
     Sampling(**_sampling_settings(config))
     return dict(config)
 
 
 def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping) -> Sampling | None:
-    """Settle how to sample: what the call says, else `compile`, else the checkpoint, else KerasHub's default.
+    """Settle how to sample: what the call says, over `compile`, over the checkpoint, over KerasHub's default.
 
     Args:
         call: `temperature`, `top_k`, `top_p` and `min_p` of the call, None where it does not say.
@@ -219,8 +239,12 @@ def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping
         How to sample; None if the compiled sampler has to run its own loop.
     """
     said = {name: value for name, value in call.items() if value is not None}
+    wanted = _sampling_settings(generation_config)
     if said:
-        return Sampling(**said)
+        base = sampling_of(compiled_sampler) if compiled_sampler is not None else Sampling(**wanted)
+        # Asking for anything is asking to sample: what made a base greedy goes.
+        base = Sampling() if base is None or base.is_greedy else base
+        return dataclasses.replace(base, **said)
     if compiled_sampler is not None:
         return sampling_of(compiled_sampler)
     if generation_config.get("repetition_penalty", 1) != 1:
@@ -230,7 +254,6 @@ def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping
         )
     if generation_config.get("do_sample") is False:
         return GREEDY
-    wanted = _sampling_settings(generation_config)
     return Sampling(**wanted) if wanted else KERAS_HUB_DEFAULT
 
 

@@ -13,7 +13,6 @@ from keras_hub.src.utils.preset_utils import register_presets
 
 from kllama.checkpoints.catalogue import builtin_presets
 from kllama.checkpoints.formats import open_checkpoint
-from kllama.checkpoints.weights import assign_weights, uninitialized_weights
 from kllama.errors import CheckpointError
 from kllama.layers.causal_mask import CausalMask
 from kllama.layers.decoder_layer import LlamaDecoderLayer
@@ -27,6 +26,7 @@ from kllama.models.backbone_arguments import (
     settle_arguments,
 )
 from kllama.models.dtypes import resolve_dtype
+from kllama.models.weights import assign_weights, uninitialized_weights
 
 
 @keras.saving.register_keras_serializable(package="kllama")

@@ -9,7 +9,9 @@ import keras
 import keras_hub
 import numpy as np
 from keras import ops
+from keras_hub.src.utils.tensor_utils import in_tf_function
 
+from kllama import backend
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.errors import CheckpointError
 from kllama.generation import plain_loop
@@ -20,6 +22,7 @@ from kllama.models.generate_arguments import (
     check_ids,
     check_lengths,
     read_prompts,
+    refuse_seed,
     resolve_limits,
     resolve_sampling,
     resolve_seed,
@@ -28,7 +31,7 @@ from kllama.models.generate_arguments import (
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
-from kllama.training.data import is_text, is_token_ids, prepare_texts, prepare_token_ids
+from kllama.training.data import is_text, is_tf_dataset, is_token_ids, prepare_texts, prepare_token_ids
 from kllama.training.losses import TokenCrossentropy
 from kllama.training.metrics import Perplexity, TokenAccuracy
 
@@ -46,6 +49,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` (which `generate` does not
             apply, and says so). Its stop ids always count; the rest is what `generate` does when neither the call nor
             `compile` says otherwise.
+        sampler: what `generate` draws with until the next `compile`; see there.
         **kwargs: `name`, `trainable`, and `compile=False` to leave the model uncompiled.
 
     Raises:
@@ -71,9 +75,11 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
     backbone_cls = LlamaBackbone
     preprocessor_cls = LlamaCausalLMPreprocessor
 
-    def __init__(self, backbone, preprocessor=None, *, generation_config: dict | None = None, **kwargs):
+    def __init__(self, backbone, preprocessor=None, *, generation_config: dict | None = None, sampler="auto", **kwargs):
         if not isinstance(backbone, LlamaBackbone):
             raise TypeError(f"backbone ({backbone!r}) must be a LlamaBackbone.")
+        if preprocessor is not None and not isinstance(preprocessor, keras_hub.models.CausalLMPreprocessor):
+            raise TypeError(f"preprocessor ({preprocessor!r}) must be a LlamaCausalLMPreprocessor or None.")
         unknown = sorted(kwargs.keys() - _TASK_KEYWORDS)
         if unknown:
             raise TypeError(
@@ -83,17 +89,20 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
-        self.generation_config = check_generation_config(generation_config or {})
+        self.generation_config = check_generation_config(generation_config or {}, backbone.vocabulary_size)
         self._programs = Programs()
-        self._compile_choices = {"loss": "auto", "weighted_metrics": "auto", "sampler": "auto"}
 
         # === Functional Model ===
         inputs = backbone.input
         logits = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=logits, **kwargs)
+        self._choose_sampler(sampler)
 
     def get_config(self):
-        return {**super().get_config(), "generation_config": dict(self.generation_config)}
+        sampler = self._sampler_choice
+        if not isinstance(sampler, str | dict):
+            sampler = keras_hub.samplers.serialize(sampler)
+        return {**super().get_config(), "generation_config": dict(self.generation_config), "sampler": sampler}
 
     @classmethod
     def from_preset(cls, preset, load_weights: bool = True, *, dtype=None, **kwargs):
@@ -140,41 +149,35 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
                 `generation_config` asks for, else KerasHub's default, top-k with k = 5.
             **kwargs: those of `keras.Model.compile`.
         """
-        self._compile_choices = {"loss": loss, "weighted_metrics": weighted_metrics, "sampler": sampler}
         super().compile(
             optimizer=optimizer,
             loss=TokenCrossentropy() if _is_auto(loss) else loss,
             weighted_metrics=[TokenAccuracy(), Perplexity()] if _is_auto(weighted_metrics) else weighted_metrics,
-            sampler="top_k" if _is_auto(sampler) else sampler,
             **kwargs,
         )
+        self._choose_sampler(sampler)
         self._programs = Programs()
 
-    def get_compile_config(self):
-        """Describe the compiled state, sampler included, so that a `.keras` file keeps it."""
-        if not self.compiled:
-            return {}
-        config = super().get_compile_config()
-        for name, choice in self._compile_choices.items():
-            if _is_auto(choice):
-                config[name] = "auto"
-        config.setdefault("sampler", keras_hub.samplers.serialize(self.sampler))
-        config["has_optimizer_state"] = self.optimizer.built
-        return config
+    def _choose_sampler(self, choice):
+        self._sampler_choice = choice
+        self.sampler = keras_hub.samplers.get("top_k" if _is_auto(choice) else choice)
 
     def compile_from_config(self, config):
-        """Compile as `get_compile_config` described."""
-        choices = keras.saving.deserialize_keras_object(config)
-        has_optimizer_state = choices.pop("has_optimizer_state")
-        self.compile(**choices)
-        if has_optimizer_state:  # Keras loads it into the variables that are made here
-            self.optimizer.build(self.trainable_variables)
+        """Compile as `get_compile_config` described; the sampler is part of the model's own config."""
+        self.compile(**keras.saving.deserialize_keras_object(config), sampler=self._sampler_choice)
+        self.optimizer.build(self.trainable_variables)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Turn text into (x, y, sample_weight); token ids pass, completed by their own next tokens as labels."""
-        if is_token_ids(x):
-            return prepare_token_ids(x, y, sample_weight)
-        return super().preprocess_samples(x, y, sample_weight)
+        if not is_token_ids(x):
+            return super().preprocess_samples(x, y, sample_weight)
+        if y is not None:
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        if in_tf_function():
+            from kllama.backend import tf_data
+
+            return tf_data.next_token_labels(x, sample_weight)
+        return prepare_token_ids(x, y, sample_weight)
 
     def fit(self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs):
         """Train on text or on token ids.
@@ -182,9 +185,10 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         Args:
             x: strings; or token ids (B, T); or `{"token_ids": (B, T), "padding_mask": (B, T)}`; or whatever else
                 `keras_hub.models.CausalLM.fit` takes.
-            y: labels (B, T), with -100 where there is none. By default each token's next one.
+            y: labels (B, T) for token ids, of which all count but -100. By default each token's next one, of which the
+                real ones count.
             batch_size: rows per step. Defaults to 32.
-            sample_weight: weights (B, T) or (B,). By default 1 for real labels and 0 for padding.
+            sample_weight: weights (B,) of rows, or (B, T) of the labels of token ids.
             validation_data: text or token ids to evaluate after each epoch, or `(x, y)`, or `(x, y, sample_weight)`.
             **kwargs: those of `keras.Model.fit`.
 
@@ -194,15 +198,13 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         if not self._is_prepared_here(x):
             return super().fit(x, y, batch_size, sample_weight, validation_data, **kwargs)
         x, y, sample_weight = self._prepare(x, y, sample_weight)
-        if validation_data is not None:
-            validation_data = self._prepare(*_unpack(validation_data))
         return keras.Model.fit(
             self,
             x,
             y,
             batch_size=batch_size,
             sample_weight=sample_weight,
-            validation_data=validation_data,
+            validation_data=self._prepare_validation(validation_data),
             **kwargs,
         )
 
@@ -224,9 +226,17 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         return is_token_ids(x) or (is_text(x) and self.preprocessor is not None)
 
     def _prepare(self, x, y=None, sample_weight=None):
-        if is_text(x):
-            return prepare_texts([x] if isinstance(x, str) else x, self.preprocessor)
-        return prepare_token_ids(x, y, sample_weight)
+        if not is_text(x):
+            return prepare_token_ids(x, y, sample_weight)
+        if y is not None:
+            raise ValueError("y must be None with text: the labels of a text are its own next tokens.")
+        return prepare_texts([x] if isinstance(x, str) else x, self.preprocessor, sample_weight)
+
+    def _prepare_validation(self, data):
+        unpacked = data if isinstance(data, tuple) else (data,)
+        if self._is_prepared_here(unpacked[0]):
+            return self._prepare(*unpacked)
+        return data.map(self.preprocess_samples) if is_tf_dataset(data) else data
 
     # === Generation ===
 
@@ -272,6 +282,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             TypeError: for an argument of the wrong type.
             ValueError: for a value out of range, a prompt that is too long, and text without a preprocessor.
         """
+        backend.synchronize(self)  # generating is allowed in the middle of `fit`
         prompts = read_prompts(inputs, self.preprocessor)
         if prompts.is_empty:
             return []
@@ -284,9 +295,10 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             stop_token_ids, self.preprocessor, self.generation_config, self.backbone
         )
         call = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        sampler = None if _is_auto(self._compile_choices["sampler"]) else self.sampler
+        sampler = None if _is_auto(self._sampler_choice) else self.sampler
         sampling = resolve_sampling(call, sampler, self.generation_config)
         if sampling is None:
+            refuse_seed(seed, sampler)
             results = self._generate_with_sampler(prompts, limits, stop_token_ids)
         else:
             seed = resolve_seed(seed, sampler)
@@ -294,31 +306,36 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         return prompts.finish(*results, strip_prompt=strip_prompt)
 
     def _generate_plainly(self, prompts, limits, stop_token_ids, sampling: Sampling, seed: int):
-        token_ids = prompts.padded(plain_loop.bucket(int(limits.max())))
-        settings = {"sampling": sampling, "prompt_width": plain_loop.bucket(int(prompts.lengths.max()))}
+        settings = {"plan": sampling.plan, "prompt_width": plain_loop.bucket(int(prompts.lengths.max()))}
         # A model may have more embedding rows than its tokenizer has tokens; text can be made of tokens only.
         settings["num_tokens"] = prompts.num_tokens or self.backbone.vocabulary_size
         decode = functools.partial(self._decode, **settings)
-        decoder = self._programs.get(tuple(settings.values()), self.variables, decode)
+        options = {"is_eager": self.run_eagerly, "jit_compile": bool(self.jit_compile)}
+        decoder = self._programs.get(tuple(settings.values()), self.variables, decode, **options)
+        token_ids = prompts.padded(plain_loop.bucket(int(limits.max())))
         arrays = token_ids, prompts.lengths, limits, np.asarray(stop_token_ids, "int32"), np.int32(seed)
-        token_ids, lengths = decoder(*(ops.convert_to_tensor(array, "int32") for array in arrays))
+        arrays = [ops.convert_to_tensor(array, "int32") for array in arrays]
+        token_ids, lengths = decoder(*arrays, ops.convert_to_tensor(sampling.values, "float32"))
         return ops.convert_to_numpy(token_ids), ops.convert_to_numpy(lengths)
 
-    def _decode(self, token_ids, lengths, limits, stop_token_ids, seed, *, sampling, prompt_width, num_tokens):
+    def _decode(self, token_ids, lengths, limits, stop_token_ids, seed, values, *, plan, prompt_width, num_tokens):
         # Types of rotary embedding that depend on the length keep the prompts' from here on, as their cached keys do.
-        rope_length = ops.max(lengths)
-        cache = self._empty_cache(token_ids)
+        rope_length = self._rope_length(lengths)
         width = min(prompt_width, token_ids.shape[1])
-        _, cache = self._hidden_states_with_cache(token_ids[:, :width], cache, 0, rope_length)
+        _, cache = self._hidden_states_with_cache(token_ids[:, :width], self._empty_cache(token_ids), 0, **rope_length)
 
         def step(token, cache, index):
-            hidden_states, cache = self._hidden_states_with_cache(token, cache, index, rope_length)
-            return self.backbone.token_embedding(hidden_states, reverse=True)[:, -1, :num_tokens], cache
+            logits, _, cache = self.call_with_cache(token, cache, index, **rope_length)
+            return logits[:, -1, :num_tokens], cache
 
         def choose_one(logits, index):
-            return choose(logits, sampling, seed, index)
+            return choose(logits, plan, values, seed, index)
 
         return plain_loop.decode(step, choose_one, token_ids, cache, lengths, limits, stop_token_ids)
+
+    def _rope_length(self, lengths) -> dict:
+        """Give the keyword by which cached calls keep the frequencies of the prompts; none where they never change."""
+        return {"rope_length": ops.max(lengths)} if self.backbone.rotary_embedding.depends_on_length else {}
 
     def _generate_with_sampler(self, prompts, limits, stop_token_ids):
         """Let a sampler with a loop of its own (beam search, say) write up to one common length."""
@@ -347,18 +364,21 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             Dict of `token_ids` (B, S) and a bool `padding_mask` (B, S) that covers each row up to its stop token.
         """
         token_ids, padding_mask = inputs["token_ids"], ops.cast(inputs["padding_mask"], "bool")
-        hidden_states, cache = self._hidden_states_with_cache(token_ids, self._empty_cache(token_ids), 0)
+        lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
+        rope_length = self._rope_length(lengths)
+        cache = self._empty_cache(token_ids)
+        hidden_states, cache = self._hidden_states_with_cache(token_ids, cache, 0, **rope_length)
 
         def next(prompt, cache, index):
             token = ops.slice(prompt, (0, index - 1), (prompt.shape[0], 1))
-            logits, hidden_states, cache = self.call_with_cache(token, cache, index - 1)
+            logits, hidden_states, cache = self.call_with_cache(token, cache, index - 1, **rope_length)
             return ops.squeeze(logits, axis=1), ops.squeeze(hidden_states, axis=1), cache
 
         token_ids = self.sampler(
             next=next,
             prompt=token_ids,
             cache=cache,
-            index=ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=-1)),
+            index=ops.min(lengths),
             mask=padding_mask,
             stop_token_ids=stop_token_ids,
             hidden_states=hidden_states,
@@ -370,18 +390,20 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         stops = ops.cast(stops & ~padding_mask, "int32")
         return {"token_ids": token_ids, "padding_mask": ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)}
 
-    def call_with_cache(self, token_ids, cache, cache_update_index):
+    def call_with_cache(self, token_ids, cache, cache_update_index, *, rope_length=None):
         """Run the model on new tokens of sequences whose earlier keys and values are in a cache.
 
         Args:
             token_ids: int (B, T), the new tokens.
             cache: float (B, L, 2, S, K, H): keys and values of each layer for S positions.
             cache_update_index: int or int32 scalar, the position of the first new token.
+            rope_length: int32 scalar, the length that dynamic and longrope frequencies are to be those of: the length
+                at which the cached keys were made. None takes that of this call.
 
         Returns:
             `(logits float32 (B, T, V), hidden states (B, T, D), updated cache)`.
         """
-        hidden_states, cache = self._hidden_states_with_cache(token_ids, cache, cache_update_index)
+        hidden_states, cache = self._hidden_states_with_cache(token_ids, cache, cache_update_index, rope_length)
         return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
 
     def _hidden_states_with_cache(self, token_ids, cache, start, rope_length=None):
@@ -404,10 +426,6 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
 
 def _is_auto(choice) -> bool:
     return isinstance(choice, str) and choice == "auto"
-
-
-def _unpack(data) -> tuple:
-    return data if isinstance(data, tuple) else (data,)
 
 
 # The text classes stand below the models and cannot know them; KerasHub finds the class of a preset by this attribute.

@@ -65,8 +65,9 @@ def token_weights(labels, sample_weight, ignored_id: int = IGNORED_ID):
     counted = ops.cast(ops.not_equal(ops.cast(labels, "int32"), ignored_id), "float32")
     if sample_weight is None:
         return counted
-    sample_weight = ops.cast(sample_weight, "float32")
-    return counted * (sample_weight if len(sample_weight.shape) == 2 else sample_weight[:, None])
+    # (B,) becomes (B, 1); TensorFlow may not know the rank.
+    rows = ops.reshape(ops.cast(sample_weight, "float32"), (ops.shape(labels)[0], -1))
+    return counted * rows
 
 
 def _valid_labels(labels, ignored_id):

@@ -14,9 +14,9 @@ from kllama.checkpoints import catalogue
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
 from kllama.checkpoints.preset import PresetCheckpoint
-from kllama.checkpoints.weights import assign_weights, uninitialized_weights
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.llama_backbone import LlamaBackbone
+from kllama.models.weights import assign_weights, uninitialized_weights
 
 pytestmark = pytest.mark.backend_independent
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from kllama.checkpoints.preset import PresetCheckpoint, is_preset
-from kllama.checkpoints.weights import assign_weights, uninitialized_weights
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.llama_causal_lm import LlamaCausalLM
+from kllama.models.weights import assign_weights, uninitialized_weights
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
 

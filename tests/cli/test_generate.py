@@ -221,8 +221,10 @@ class TestProcess:
         assert subprocess.run(["bash", "-c", script, "bash", *command], cwd=ROOT, timeout=60).returncode == 0
 
     def test_interrupt(self):
+        # A shell's background job ignores SIGINT, and its children would inherit that.
         before = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from kllama.cli import generate
 generate.load_model = lambda *_, **__: print("ready", flush=True) or time.sleep(60)
 """

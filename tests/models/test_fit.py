@@ -86,6 +86,51 @@ def test_labels_of_minus_100_are_ignored(random_model, token_ids):
     assert np.isfinite(model.fit(x, np.full_like(labels, -100), verbose=0).history["loss"][0])
 
 
+@pytest.mark.parametrize("shape", ["rows", "tokens"])
+def test_weights_of_ids(random_model, token_ids, shape):
+    """They multiply what counts anyway: padding and the row's end have no next token."""
+    model = random_model()
+    mask = (np.arange(12) < np.array([[12], [5], [9], [2]])).astype("int32")
+    given = np.array([1.0, 0.0, 2.0, 0.5]) if shape == "rows" else np.random.default_rng(1).random((4, 12))
+    is_real = np.roll(mask, -1, 1).astype("float64")
+    is_real[:, -1] = 0
+    weights = is_real * (given[:, None] if shape == "rows" else given)
+    x = {"token_ids": token_ids, "padding_mask": mask}
+    plain = model.evaluate(x, batch_size=4, verbose=0, return_dict=True)["loss"]
+    loss = model.evaluate(x, sample_weight=given, batch_size=4, verbose=0, return_dict=True)["loss"]
+    assert loss == pytest.approx(expected_loss(model, x, np.roll(token_ids, -1, 1), weights), rel=1e-4)
+    assert loss != pytest.approx(plain, rel=1e-3)
+
+
+def test_weights_of_texts(story_model):
+    first = story_model.evaluate(TEXTS[:1], verbose=0, return_dict=True)["loss"]
+    weighted = story_model.evaluate(TEXTS[:2], sample_weight=[1.0, 0.0], verbose=0, return_dict=True)["loss"]
+    assert weighted == pytest.approx(first, rel=1e-4)
+    with pytest.raises(ValueError, match="y must be None with text"):
+        story_model.fit(TEXTS, y=TEXTS)
+
+
+def test_kinds_of_ids(random_model, token_ids):
+    model = random_model()
+    expected = model.evaluate(token_ids, verbose=0, return_dict=True)["loss"]
+    for ids in (token_ids.tolist(), ops.convert_to_tensor(token_ids), {"token_ids": token_ids.tolist()}):
+        assert model.evaluate(ids, verbose=0, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_pipeline_of_ids(random_model, token_ids, labels):
+    tensorflow = pytest.importorskip("tensorflow", reason="a tf.data pipeline needs TensorFlow")
+    model = random_model()
+    mask = (np.arange(12) < np.array([[12], [5], [9], [2]])).astype("int32")
+    x = {"token_ids": token_ids, "padding_mask": mask}
+    arguments = (x, np.roll(token_ids, -1, 1)) if labels else (x,)
+    dataset = tensorflow.data.Dataset.from_tensor_slices(arguments if labels else x).batch(4)
+    expected = model.evaluate(*arguments, batch_size=4, verbose=0, return_dict=True)["loss"]
+    assert model.evaluate(dataset, verbose=0, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-4)
+    history = model.fit(token_ids, validation_data=dataset, verbose=0).history
+    assert np.isfinite(history["val_loss"][0])
+
+
 def test_recorded_loss(assets, stories260k):
     recorded = np.load(assets / "models" / "stories260K" / "expected" / "forward.npz")
     loss = stories260k.evaluate(recorded["loss_ids"].astype("int32"), verbose=0, return_dict=True)["loss"]

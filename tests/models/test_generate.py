@@ -75,6 +75,65 @@ def test_a_row_of_a_ragged_batch_is_the_prompt_alone(stories260k):
     assert texts == [stories260k.generate(prompt, max_new_tokens=20, **GREEDY) for prompt in prompts]
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0, 9.0], "factor": 4.0},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_both_loops_keep_the_frequencies_of_the_prompts(random_model, token_ids, scaling):
+    class OwnLoop(keras_hub.samplers.GreedySampler):
+        pass
+
+    scaling = {**scaling, "original_max_position_embeddings": 8} if scaling["rope_type"] == "longrope" else scaling
+    model = random_model(rope_scaling=scaling, max_sequence_length=8, num_query_heads=4)
+    model.backbone.max_sequence_length = None  # only `generate` reads it from here on
+    prompt = {"token_ids": token_ids[:2, :4]}
+    arguments = {"max_length": 16, "stop_token_ids": None}
+    greedy = model.generate(prompt, **arguments, **GREEDY)["token_ids"].tolist()
+    model.compile(sampler=OwnLoop())
+    assert model.generate(prompt, **arguments)["token_ids"].tolist() == greedy
+
+
+def test_an_overridden_call_with_cache_is_used(random_model, token_ids):
+    class Counting(kllama.LlamaCausalLM):
+        num_calls = 0
+
+        def call_with_cache(self, token_ids, cache, cache_update_index):
+            self.num_calls += 1
+            logits, hidden_states, cache = super().call_with_cache(token_ids, cache, cache_update_index)
+            return -logits, hidden_states, cache
+
+    backbone = random_model().backbone
+    arguments = {"max_new_tokens": 4, "stop_token_ids": None, **GREEDY}
+    plain = kllama.LlamaCausalLM(backbone).generate({"token_ids": token_ids}, **arguments)["token_ids"]
+    model = Counting(backbone)
+    assert model.generate({"token_ids": token_ids}, **arguments)["token_ids"].tolist() != plain.tolist()
+    assert model.num_calls >= 1
+
+
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": False}])
+def test_ways_of_compiling(random_model, token_ids, options):
+    model = random_model()
+    arguments = {"max_new_tokens": 3, "stop_token_ids": None, **GREEDY}
+    expected = model.generate({"token_ids": token_ids}, **arguments)["token_ids"].tolist()
+    model.compile(**options)
+    assert model.generate({"token_ids": token_ids}, **arguments)["token_ids"].tolist() == expected
+
+
+def test_generating_in_the_middle_of_fit(random_model, token_ids):
+    model, texts = random_model(), []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            texts.append(model.generate({"token_ids": token_ids[:1]}, max_new_tokens=2, stop_token_ids=None))
+
+    history = model.fit(token_ids, batch_size=2, epochs=2, verbose=0, callbacks=[Look()]).history
+    assert len(texts) == 4 and np.all(np.isfinite(history["loss"]))
+
+
 def test_frozen_frequencies_of_dynamic_rope(random_model, token_ids):
     scaling = {"rope_type": "dynamic", "factor": 4.0}
     model = random_model(rope_scaling=scaling, max_sequence_length=8)
@@ -181,6 +240,10 @@ class TestSampling:
             ({"temperature": 5.0}, "greedy", {}, True),
             ({"do_sample": False}, "random", {}, False),
             ({"do_sample": False}, "greedy", {"temperature": 5.0}, False),
+            # One setting leaves the others as they are; but asking for one is asking to sample.
+            ({"temperature": 5.0, "top_k": 1}, "auto", {"temperature": 4.0}, False),
+            ({"temperature": 1e-4}, "auto", {"top_k": 40}, True),
+            ({}, "greedy", {"top_k": 40}, False),
             ({"temperature": 5.0}, "random", {"temperature": 0}, True),
         ],
     )
@@ -250,10 +313,10 @@ class TestRefusals:
                 ValueError,
                 "max_length (1000000000000, prompt included) must be less than 2 ** 31",
             ),
-            ({"max_length": 513}, ValueError, "max_length (513"),
+            ({"max_length": 513}, ValueError, "max_length (513) asks for 513 positions"),
             ({"max_length": 3}, ValueError, "tokens, max_length is 3"),
             ({"max_new_tokens": 0}, ValueError, "max_new_tokens (0)"),
-            ({"max_new_tokens": 510}, ValueError, "max_sequence_length (512)"),
+            ({"max_new_tokens": 510}, ValueError, "max_new_tokens (510) asks for 515 positions"),
             ({"max_new_tokens": 5, "max_length": 50}, ValueError, "both given"),
             ({"temperature": -1}, ValueError, "temperature (-1)"),
             ({"top_k": 0}, ValueError, "top_k (0)"),
@@ -295,6 +358,12 @@ class TestRefusals:
             random_model().generate(inputs, max_new_tokens=2)
         assert words in str(caught.value)
 
+    def test_a_seed_for_a_sampler_that_draws_for_itself(self, random_model, token_ids):
+        model = random_model()
+        model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
+        with pytest.raises(ValueError, match="seed .3. must be None with BeamSampler"):
+            model.generate({"token_ids": token_ids}, max_length=14, stop_token_ids=None, seed=3)
+
     def test_text_without_a_preprocessor(self, random_model):
         with pytest.raises(ValueError, match="no preprocessor"):
             random_model().generate("Once", max_new_tokens=2)
@@ -320,7 +389,10 @@ def test_text_is_made_of_the_tokenizers_tokens(stories260k):
         ({"temprature": 1.0}, ValueError, "unknown keys ['temprature']"),
         ({"temperature": -1}, ValueError, "temperature (-1)"),
         ({"do_sample": 1}, TypeError, "generation_config['do_sample'] (1)"),
-        ({"stop_token_ids": [1.5]}, TypeError, "generation_config['stop_token_ids'] (1.5)"),
+        ({"stop_token_ids": [1.5]}, TypeError, "generation_config['stop_token_ids'] ([1.5])"),
+        ({"stop_token_ids": 3}, TypeError, "generation_config['stop_token_ids'] (3)"),
+        ({"stop_token_ids": [300]}, ValueError, "holds [300]; expected ids from 0 to 299"),
+        ({"repetition_penalty": -3}, ValueError, "repetition_penalty (-3)"),
     ],
 )
 def test_generation_config_is_checked(random_model, generation_config, error, words):

@@ -13,9 +13,9 @@ import pytest
 from keras import ops
 
 import kllama
-from kllama.checkpoints.weights import assign_weights, uninitialized_weights
 from kllama.layers import attention as attention_layer
 from kllama.layers import rotary_embedding as rotary_layer
+from kllama.models.weights import assign_weights, uninitialized_weights
 from tests import oracle
 
 SMALL = {
@@ -210,7 +210,7 @@ class TestConfig:
 
 COUNTS = "vocabulary_size num_layers num_query_heads hidden_dim intermediate_dim num_key_value_heads".split()
 OPTIONAL_COUNTS = ["head_dim", "max_sequence_length"]
-POSITIVE = ["rope_max_wavelength", "layer_norm_epsilon", "initializer_range"]
+POSITIVE = ["rope_max_wavelength", "layer_norm_epsilon"]
 RATES = ["dropout", "attention_dropout"]
 FLAGS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
 NO_NUMBERS = ["0.1", True, None, [0.1]]
@@ -219,8 +219,9 @@ WRONG = [
     (COUNTS + OPTIONAL_COUNTS, [1.5, 4.0, "4", True, [4]], TypeError, "an integer"),
     (COUNTS, [None], TypeError, "an integer"),
     (COUNTS + OPTIONAL_COUNTS, [0, -1], ValueError, "at least 1"),
-    (POSITIVE + RATES + ["rope_scaling_factor"], NO_NUMBERS, TypeError, "a number"),
+    (POSITIVE + RATES + ["rope_scaling_factor", "initializer_range"], NO_NUMBERS, TypeError, "a number"),
     (POSITIVE, [0, -1.0, math.nan, math.inf], ValueError, "a positive finite number"),
+    (["initializer_range"], [-1.0, math.nan, math.inf], ValueError, "at least 0"),
     (RATES, [-0.1, 1, 1.5, math.nan], ValueError, "at least 0 and less than 1"),
     (["rope_scaling_factor"], [0.5, 0, -2, math.nan, math.inf], ValueError, "at least 1"),
     (FLAGS, [1, 0, "True", None], TypeError, "True or False"),
@@ -298,7 +299,7 @@ class TestArguments:
         with pytest.raises(ValueError, match="more than once"):
             kllama.LlamaBackbone(**SMALL, **keywords)
 
-    @pytest.mark.parametrize("missing", LLAMA3.keys() - {"rope_type"})
+    @pytest.mark.parametrize("missing", sorted(LLAMA3.keys() - {"rope_type"}))
     def test_keras_hub_keywords_are_all_given_or_none(self, missing):
         names = {
             "factor": "rope_frequency_adjustment_factor",

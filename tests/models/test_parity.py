@@ -10,8 +10,8 @@ import pytest
 from keras import ops
 
 import kllama
-from kllama.checkpoints.weights import assign_weights, uninitialized_weights
 from kllama.core.rope_scaling import ROPE_TYPES
+from kllama.models.weights import assign_weights, uninitialized_weights
 from tests import oracle
 
 TOLERANCE = 1e-4  # of max |difference| / max |logit|, over real positions

@@ -9,10 +9,10 @@ import pytest
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import initialize_all_variables
 
-from kllama.checkpoints.weights import assign_weights, uninitialized_weights
 from kllama.errors import CheckpointError
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.llama_causal_lm import LlamaCausalLM
+from kllama.models.weights import assign_weights, uninitialized_weights
 
 SIZES = {
     "vocabulary_size": 16,
