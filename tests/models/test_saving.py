@@ -142,7 +142,11 @@ def assert_same_text(actual, expected) -> None:
         (kllama.LlamaBackbone, BACKBONE, {"rope_scaling_factor"}),  # shorthand for rope_scaling
         (kllama.LlamaTokenizer, TOKENIZER, {"tokenizer"}),
         (kllama.LlamaCausalLMPreprocessor, PREPROCESSOR, {"tokenizer"}),
-        (kllama.LlamaCausalLM, {"generation_config": GENERATION}, {"backbone", "preprocessor"}),
+        (
+            kllama.LlamaCausalLM,
+            {"generation_config": GENERATION},
+            {"backbone", "preprocessor", "sampler"},
+        ),  # test_samplers has that
     ],
 )
 @pytest.mark.backend_independent
