@@ -19,9 +19,7 @@ from kllama.generation.programs import Programs
 from kllama.generation.sampling import Sampling, choose
 from kllama.models.generate_arguments import (
     check_generation_config,
-    check_ids,
     check_lengths,
-    read_prompts,
     refuse_seed,
     resolve_limits,
     resolve_sampling,
@@ -29,6 +27,7 @@ from kllama.models.generate_arguments import (
     resolve_stop_token_ids,
 )
 from kllama.models.llama_backbone import LlamaBackbone
+from kllama.models.prompts import check_ids, read_prompts
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
 from kllama.training.data import is_text, is_tf_dataset, is_token_ids, prepare_texts, prepare_token_ids
