@@ -284,5 +284,6 @@ class _Vocabulary:
 
     def token(self, token_id: int) -> str:
         if not 0 <= token_id < len(self.tokens) or self.tokens[token_id] is None:
-            raise ValueError(f"id = {token_id}; expected the id of a token, 0 to {len(self.tokens) - 1}.")
+            gap = ", a gap of the vocabulary" if 0 <= token_id < len(self.tokens) else ""
+            raise ValueError(f"id = {token_id}{gap}; expected the id of a token, 0 to {len(self.tokens) - 1}.")
         return self.tokens[token_id]
