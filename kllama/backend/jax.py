@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 __all__ = [
+    "apply_in_float32",
     "arange",
     "cast",
     "compile_function",
@@ -57,6 +58,11 @@ def shape(x) -> tuple:
 def concatenate(tensors, axis: int):
     """Join tensors along an axis."""
     return jnp.concatenate(tensors, axis)
+
+
+def apply_in_float32(function, x):
+    """Give the float32 result of an elementwise function in x's dtype."""
+    return function(x.astype("float32")).astype(x.dtype)
 
 
 def rms_normalize(x, epsilon: float):

@@ -4,6 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 __all__ = [
+    "apply_in_float32",
     "arange",
     "cast",
     "compile_function",
@@ -51,6 +52,11 @@ def shape(x) -> tuple:
     """Give the sizes of `x`: integers, or scalars of the framework where a size is not static."""
     sizes = tf.shape(x)
     return tuple(sizes[axis] if size is None else size for axis, size in enumerate(x.shape))
+
+
+def apply_in_float32(function, x):
+    """Give the float32 result of an elementwise function in x's dtype."""
+    return tf.cast(function(tf.cast(x, "float32")), x.dtype)
 
 
 def rms_normalize(x, epsilon: float):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
+    "apply_in_float32",
     "arange",
     "cast",
     "compile_function",
@@ -64,6 +65,11 @@ def concatenate(tensors, axis: int):
 def softmax(x, axis: int = -1):
     """Exponentiate and normalise along an axis."""
     return torch.softmax(x, axis)
+
+
+def apply_in_float32(function, x):
+    """Give the float32 result of an elementwise function in x's dtype; PyTorch's kernels widen by themselves."""
+    return function(x)
 
 
 def rms_normalize(x, epsilon: float):

@@ -8,7 +8,7 @@ from kllama import backend
 def feed_forward(x, gate: Callable, up: Callable, down: Callable, activation: Callable):
     """Apply `down(activation(gate(x)) * up(x))`.
 
-    The activation is computed in float32 and cast back, which is what PyTorch's kernels do inside.
+    The activation is computed in float32 and cast back.
 
     Args:
         x: hidden states, (B, T, D).
@@ -22,6 +22,4 @@ def feed_forward(x, gate: Callable, up: Callable, down: Callable, activation: Ca
 
     Reference: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), equation 6.
     """
-    gated = gate(x)
-    activated = backend.cast(activation(backend.cast(gated, "float32")), gated.dtype)
-    return down(activated * up(x))
+    return down(backend.apply_in_float32(activation, gate(x)) * up(x))

@@ -204,9 +204,9 @@ class TestDetokenize:
     def test_holes_have_no_token(self):
         tokenizer = LlamaTokenizer({"model": {"type": "BPE", "vocab": {"a": 0, "b": 2}, "merges": []}})
         assert tokenizer.vocabulary_size() == 3 and tokenizer.get_vocabulary() == ["a", None, "b"]
-        with pytest.raises(ValueError, match="id = 1;"):
+        with pytest.raises(ValueError, match="id = 1, a gap of the vocabulary;"):
             tokenizer.detokenize([1])
-        with pytest.raises(ValueError, match="id = 1;"):
+        with pytest.raises(ValueError, match="id = 1, a gap of the vocabulary;"):
             tokenizer.id_to_token(1)
 
     @pytest.mark.parametrize("ids", [[1.0], ["a"], "a", [None], [True], [[0], [0.5]], np.array([0.0]), [0, [1]]])
