@@ -124,6 +124,11 @@ def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping
     Returns:
         How to sample; None if the compiled sampler has to run its own loop.
     """
+    penalty = generation_config.get("repetition_penalty", 1)
+    if compiled_sampler is None and penalty != 1:
+        warnings.warn(
+            f"generation_config asks for repetition_penalty={penalty}; generate does not apply it.", stacklevel=3
+        )
     said = {name: value for name, value in call.items() if value is not None}
     wanted = _sampling_settings(generation_config)
     if said:
@@ -133,11 +138,6 @@ def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping
         return dataclasses.replace(base, **said)
     if compiled_sampler is not None:
         return sampling_of(compiled_sampler)
-    if generation_config.get("repetition_penalty", 1) != 1:
-        penalty = generation_config["repetition_penalty"]
-        warnings.warn(
-            f"generation_config asks for repetition_penalty={penalty}; generate does not apply it.", stacklevel=3
-        )
     if generation_config.get("do_sample") is False:
         return GREEDY
     return Sampling(**wanted) if wanted else KERAS_HUB_DEFAULT

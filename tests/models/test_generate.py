@@ -401,10 +401,11 @@ def test_generation_config_is_checked(random_model, generation_config, error, wo
     assert words in str(caught.value)
 
 
-def test_what_the_checkpoint_asks_for_in_vain_is_said(random_model, token_ids):
+@pytest.mark.parametrize("call", [{}, {"temperature": 0.7}, GREEDY], ids=str)
+def test_what_the_checkpoint_asks_for_in_vain_is_said(random_model, token_ids, call):
     model = kllama.LlamaCausalLM(random_model().backbone, generation_config={"repetition_penalty": 1.1, "top_k": 0})
     with pytest.warns(UserWarning, match="repetition_penalty=1.1"):
-        model.generate({"token_ids": token_ids}, max_new_tokens=2, stop_token_ids=None)
+        model.generate({"token_ids": token_ids}, max_new_tokens=2, stop_token_ids=None, **call)
 
 
 def test_weights_are_never_stale(random_model, token_ids):
