@@ -20,7 +20,7 @@ from keras_hub.src.utils.tensor_utils import in_tf_function
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.errors import CheckpointError, MissingFileError
 from kllama.text.inputs import as_rows, as_texts
-from kllama.text.tokenizer_json import open_tokenizer, rust_errors
+from kllama.text.formats.tokenizer_json import open_tokenizer, rust_errors
 
 ASSET = "tokenizer.json"
 

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 
 from kllama.errors import CheckpointError, MissingFileError
-from kllama.text import tokenizer_json
+from kllama.text.formats import tokenizer_json
 from kllama.text.tokenizer import LlamaTokenizer
 
 # Folder under the assets: (column of mixed_text.json, column of llama_cpp.json, columns of special_tokens.json).
