@@ -36,6 +36,52 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
             if value is not None:
                 raise ValueError(f"{name} ({value!r}) must be None: a Llama's logits are float32 and have no cap.")
 
+    def grow(self, input_dim: int) -> None:
+        """Add tokens at the end of the vocabulary, each at the mean of the old ones, in the table and in the head.
+
+        The mean is a place where the model has seen nothing unusual, so the logits of the old tokens keep their order
+        and a new one starts out neither likely nor impossible (Hewitt, "Initializing New Word Embeddings for Pretrained
+        Language Models", 2021). It is accumulated in float32. The variables are new ones, of the same paths.
+
+        Args:
+            input_dim: the new V, at least the old one.
+
+        Raises:
+            ValueError: for a smaller V, and for a layer that is quantised or has LoRA matrices.
+        """
+        if input_dim < self.input_dim:
+            raise ValueError(f"input_dim ({input_dim}) must be at least {self.input_dim}, the size it has.")
+        if self.quantization_mode is not None or self.lora_enabled:
+            raise ValueError(f"{self.name} is quantised or has LoRA enabled; expected neither. Grow it before.")
+        if input_dim == self.input_dim:
+            return
+        old = [self._embeddings] if self.tie_weights else [self._embeddings, self.reverse_embeddings]
+        tables = [_with_mean_rows(self._embeddings.value, input_dim)]
+        if not self.tie_weights:
+            head = _with_mean_rows(keras.ops.transpose(self.reverse_embeddings.value), input_dim)
+            tables.append(keras.ops.transpose(head))
+        self.input_dim = input_dim
+        # All go before the first one comes, so that they keep their order among the weights.
+        for variable in old:
+            self._untrack_variable(variable)
+        self._tracker.unlock()
+        new = [self._add_like(variable, table) for variable, table in zip(old, tables, strict=True)]
+        self._embeddings = new[0]
+        if not self.tie_weights:
+            self.reverse_embeddings = new[1]
+        self._tracker.lock()
+
+    def _add_like(self, variable, value):
+        return self.add_weight(
+            name=variable.name,
+            shape=value.shape,
+            dtype=variable.dtype,
+            initializer=lambda shape, dtype: keras.ops.cast(value, dtype),
+            regularizer=variable.regularizer,
+            constraint=variable.constraint,
+            trainable=variable.trainable,
+        )
+
     def call(self, inputs, reverse=False):
         if not reverse:
             return super().call(inputs)
@@ -50,3 +96,11 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
     def compute_output_spec(self, inputs, reverse=False):
         spec = super().compute_output_spec(inputs, reverse=reverse)
         return keras.KerasTensor(spec.shape, dtype="float32") if reverse else spec
+
+
+def _with_mean_rows(table, num_rows):
+    """Give a table (V, D) with more rows, the new ones at the mean of the old."""
+    size = table.shape[0]
+    mean = backend.matmul_float32(keras.ops.ones((1, size), dtype=table.dtype), table) / size
+    new = keras.ops.repeat(keras.ops.cast(mean, table.dtype), num_rows - size, axis=0)
+    return keras.ops.concatenate([table, new], axis=0)

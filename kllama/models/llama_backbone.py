@@ -11,6 +11,7 @@ import keras
 import keras_hub
 from keras_hub.src.utils.preset_utils import register_presets
 
+from kllama.arguments import check_integer
 from kllama.checkpoints.catalogue import builtin_presets
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.errors import CheckpointError
@@ -199,6 +200,23 @@ class LlamaBackbone(keras_hub.models.Backbone):
         # === Config ===
         for name, value in vars(config).items():
             setattr(self, name, value)
+
+    def resize_vocabulary(self, vocabulary_size: int) -> None:
+        """Make room for new tokens at the end of the vocabulary.
+
+        The embedding table and the head grow in place; each new row is the mean of the old ones. A `LlamaCausalLM`
+        around this backbone has the method too, and is the one to call it on.
+
+        Args:
+            vocabulary_size: the new V, at least the present one.
+
+        Raises:
+            TypeError: if it is not an integer.
+            ValueError: if it is smaller than the present one, or the embedding is quantised or has LoRA matrices.
+        """
+        check_integer("vocabulary_size", vocabulary_size, minimum=self.vocabulary_size)
+        self.token_embedding.grow(int(vocabulary_size))
+        self.vocabulary_size = int(vocabulary_size)
 
     def get_config(self):
         config = {**super().get_config(), **{name: getattr(self, name) for name in CONFIG_NAMES}}

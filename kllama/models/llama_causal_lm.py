@@ -103,6 +103,34 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             sampler = keras_hub.samplers.serialize(sampler)
         return {**super().get_config(), "generation_config": dict(self.generation_config), "sampler": sampler}
 
+    def resize_vocabulary(self, vocabulary_size: int) -> None:
+        """Make room for new tokens at the end of the vocabulary.
+
+        The embedding table and the head grow in place; each new row is the mean of the old ones, so the model gives
+        the old tokens the logits that it gave them before. The optimizer starts anew: its state had the old shapes.
+
+        Args:
+            vocabulary_size: the new V, at least the present one.
+
+        Raises:
+            TypeError: if it is not an integer.
+            ValueError: if it is smaller than the present one, or the embedding is quantised or has LoRA matrices.
+
+        Example:
+
+        ```python
+        model.preprocessor.tokenizer.add_tokens(["ŋ", "ɔ"])
+        model.resize_vocabulary(model.preprocessor.tokenizer.vocabulary_size())
+        ```
+        """
+        self.backbone.resize_vocabulary(vocabulary_size)
+        for logits in self.outputs:  # what the functional model says of its output, in `summary()` for one
+            logits._shape = (*logits.shape[:-1], self.backbone.vocabulary_size)
+        if self.compiled:
+            self.optimizer = type(self.optimizer).from_config(self.optimizer.get_config())
+            # Compiled steps hold the old variables.
+            self.train_function = self.test_function = self.predict_function = None
+
     @classmethod
     def from_preset(cls, preset, load_weights: bool = True, *, dtype=None, **kwargs):
         """Build a language model, with its tokenizer, from a checkpoint.
