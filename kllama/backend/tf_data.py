@@ -24,12 +24,12 @@ def encode_ragged(encode: Callable[[list[str]], list[list[int]]], text, dtype: s
     """
 
     def run(texts):
-        rows = encode(texts)
+        rows = encode(_decoded(np.atleast_1d(texts).tolist()))
         lengths = np.array([len(row) for row in rows], "int64")
         return np.array([token for row in rows for token in row], dtype), lengths
 
     text = _strings(text)
-    ids, lengths = _call(run, text, (dtype, "int64"))
+    ids, lengths = _call(run, [text], (dtype, "int64"))
     ids.set_shape((None,))
     if text.shape.rank == 0:
         return ids
@@ -37,40 +37,73 @@ def encode_ragged(encode: Callable[[list[str]], list[list[int]]], text, dtype: s
     return tf.RaggedTensor.from_row_lengths(ids, lengths, validate=False)
 
 
-def encode_dense(encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]], text, width: int):
-    """Encode a string tensor to padded ids and their mask.
+def encode_dense(encode: Callable[[object], tuple[np.ndarray, np.ndarray, np.ndarray]], x, width: int):
+    """Encode string tensors to padded ids, their mask, and what the loss counts.
 
     Args:
-        encode: takes B texts, returns ids `(B, width)` int32 and mask `(B, width)` bool.
-        text: a str, or a string tensor of shape () or (B,).
+        encode: takes what `kllama.text.samples.read_samples` does, in lists; returns ids `(B, width)` int32 and two
+            masks `(B, width)` bool.
+        x: a str, or a string tensor of shape () or (B,); `{"prompts", "responses"}` of these; or
+            `{"messages": {"role", "content"}}` of string tensors (T,) for one conversation, (B, T), or ragged.
         width: the padded length.
 
     Returns:
-        Two tensors of shape `(width,)` for one text, `(B, width)` for a batch.
+        Three tensors of shape `(width,)` for one sample, `(B, width)` for a batch.
     """
-    text = _strings(text)
-    outputs = _call(encode, text, ("int32", "bool"))
-    if text.shape.rank == 0:
+    is_chat = isinstance(x, dict) and "messages" in x
+    leaves = [_strings(leaf, rank=1 if is_chat else 0) for leaf in _leaves(x)]
+
+    def run(*arrays):
+        arrays = iter(arrays)
+        lists = iter([_as_lists(leaf, next(arrays), next(arrays)) for leaf in leaves])
+        return encode(_rebuilt(x, lists))
+
+    outputs = _call(run, [part for leaf in leaves for part in _parts(leaf)], ("int32", "bool", "bool"))
+    shape = leaves[0].shape[: leaves[0].shape.rank - (1 if is_chat else 0)]
+    if shape.rank == 0:
         outputs = [output[0] for output in outputs]
     for output in outputs:
-        output.set_shape((*text.shape, width))
+        output.set_shape((*shape, width))
     return outputs
 
 
-def _strings(text):
-    text = tf.convert_to_tensor(text)
-    if text.dtype != tf.string or text.shape.rank not in (0, 1):
-        raise TypeError(f"texts = {text}; expected a string tensor of shape () or (batch,).")
+def _leaves(x) -> list:
+    return [leaf for name in sorted(x) for leaf in _leaves(x[name])] if isinstance(x, dict) else [x]
+
+
+def _rebuilt(x, leaves):
+    return {name: _rebuilt(x[name], leaves) for name in sorted(x)} if isinstance(x, dict) else next(leaves)
+
+
+def _strings(text, rank: int = 0):
+    """Give a string tensor of some rank, or of one more for a batch."""
+    text = text if isinstance(text, tf.RaggedTensor) else tf.convert_to_tensor(text)
+    if text.dtype != tf.string or text.shape.rank not in (rank, rank + 1):
+        shapes = "(turns,) or (batch, turns)" if rank else "() or (batch,)"
+        raise TypeError(f"texts = {text}; expected a string tensor of shape {shapes}.")
     return text
 
 
-def _call(function, text, dtypes):
-    @tf.autograph.experimental.do_not_convert
-    def run(values):
-        # TensorFlow strings are bytes that nobody has checked, and text never raises.
-        return function([value.decode("utf-8", "replace") for value in np.atleast_1d(values)])
+def _parts(text) -> tuple:
+    """Split what may be ragged into its strings and its row lengths, which are none for a dense tensor."""
+    if isinstance(text, tf.RaggedTensor):
+        return text.values, text.row_lengths()
+    return text, tf.zeros((0,), "int64")
 
-    return tf.numpy_function(run, [text], dtypes)
+
+def _as_lists(text, values: np.ndarray, lengths: np.ndarray) -> list:
+    if not isinstance(text, tf.RaggedTensor):
+        return _decoded(np.atleast_1d(values).tolist())
+    return [_decoded(row.tolist()) for row in np.split(values, np.cumsum(lengths)[:-1])] if len(lengths) else []
+
+
+def _decoded(values: list) -> list:
+    # TensorFlow strings are bytes that nobody has checked, and text never raises.
+    return [_decoded(value) if isinstance(value, list) else value.decode("utf-8", "replace") for value in values]
+
+
+def _call(function, tensors, dtypes):
+    return tf.numpy_function(tf.autograph.experimental.do_not_convert(function), tensors, dtypes)
 
 
 def next_token_labels(x, sample_weight=None):
@@ -82,5 +115,28 @@ def next_token_labels(x, sample_weight=None):
     is_real = tf.cast(x["padding_mask"][:, 1:], "float32")
     is_real = tf.pad(is_real, [[0, 0], [0, 1]])
     if sample_weight is not None:
-        is_real *= tf.reshape(tf.cast(sample_weight, "float32"), (tf.shape(token_ids)[0], -1))
+        is_real = weigh_rows(is_real, sample_weight)
     return x, tf.roll(token_ids, -1, axis=1), is_real
+
+
+def weigh_rows(label_weights, sample_weight):
+    """Multiply the weights of labels (B, T) by those of rows (B,) or of labels, in a `tf.data` pipeline."""
+    weights = tf.cast(label_weights, "float32")
+    return weights * tf.reshape(tf.cast(sample_weight, "float32"), (tf.shape(weights)[0], -1))
+
+
+def map_batches(dataset, prepare: Callable):
+    """Prepare the batches of a `tf.data.Dataset` as it is read, several at a time and ahead of the training."""
+    return dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+
+def dataset_of(batches: Callable):
+    """Make a `tf.data.Dataset` of prepared batches.
+
+    Args:
+        batches: gives an iterator over `({"token_ids", "padding_mask"}, y, sample_weight)`, NumPy arrays (B, T), the
+            weights float32 and the rest int32; called once for each pass.
+    """
+    ids, weights = tf.TensorSpec((None, None), "int32"), tf.TensorSpec((None, None), "float32")
+    signature = {"token_ids": ids, "padding_mask": ids}, ids, weights
+    return tf.data.Dataset.from_generator(batches, output_signature=signature)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from kllama.checkpoints.catalogue import builtin_presets
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
-from kllama.checkpoints.preset import PresetCheckpoint, is_preset
+from kllama.checkpoints.huggingface_tokenizer import HuggingFaceTokenizer
+from kllama.checkpoints.preset import PresetCheckpoint, PresetTokenizer, has_preset_tokenizer, is_preset
 from kllama.errors import MissingFileError, UnsupportedError
 
 _FORMATS = ((is_preset, PresetCheckpoint), (is_huggingface, HuggingFaceCheckpoint))
@@ -42,6 +43,27 @@ def open_checkpoint(handle: str | os.PathLike):
         f"{path}: holds no checkpoint that kllama reads; expected a directory with the config.json of a kllama preset "
         "or of a Hugging Face Llama."
     )
+
+
+def open_tokenizer(handle: str | os.PathLike):
+    """Open what a checkpoint says about its tokenizer; beside it the weights of a model may be missing.
+
+    Args:
+        handle: as of `open_checkpoint`, or a directory that holds tokenizer files alone.
+
+    Returns:
+        An object with the attributes `path`, `tokenizer_config`, `preprocessor_config` and `backbone_config`, the last
+        one empty where the files do not say how large the model's vocabulary is.
+
+    Raises:
+        MissingFileError: if there is nothing of that name, or no tokenizer.
+        UnsupportedError: if the format is not one that kllama reads.
+        CheckpointError: if a file is damaged, or does not fit the others.
+    """
+    path = _locate(handle)
+    if has_preset_tokenizer(path) or is_preset(path):
+        return PresetTokenizer(path)
+    return HuggingFaceTokenizer(path) if path.is_dir() else open_checkpoint(path)
 
 
 def _locate(handle) -> Path:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kllama.checkpoints.config import backbone_config, generation_settings, token_ids
-from kllama.checkpoints.huggingface_tokenizer import preprocessor_config, tokenizer_config
+from kllama.checkpoints.huggingface_tokenizer import SETTINGS, preprocessor_config, tokenizer_config
 from kllama.checkpoints.name_map import expected_tensors, num_parameters
 from kllama.checkpoints.reader import (
     FLOAT_DTYPES,
@@ -61,7 +61,8 @@ class HuggingFaceCheckpoint:
         has_head: whether there is an output head. A base model (`LlamaModel`) has none: its `backbone_config` then says
             `tie_word_embeddings`, and only the backbone's hidden states mean anything.
         dtype: the configuration's "float32", "bfloat16" or "float16", else that of the stored embedding.
-        tokenizer_config: keyword arguments of `LlamaTokenizer`, or None where there is no `tokenizer.json`.
+        tokenizer_config: keyword arguments of `LlamaTokenizer`, and the `added_tokens` that its vocabulary lacks; None
+            where there is no vocabulary.
         preprocessor_config: keyword arguments of `LlamaCausalLMPreprocessor` besides the tokenizer.
         generation_config: `stop_token_ids` and the sampling settings that the files give.
 
@@ -93,11 +94,9 @@ class HuggingFaceCheckpoint:
         self.dtype = _read_dtype(config, self._stored[EMBEDDINGS].entry.dtype)
 
         vocabulary_size = self.backbone_config["vocabulary_size"]
-        self.tokenizer_config, self.preprocessor_config = None, {}
-        if "tokenizer.json" in names:
-            settings = _read_if(names, self.path / "tokenizer_config.json")
-            self.tokenizer_config = tokenizer_config(self.path / "tokenizer.json", vocabulary_size, settings, config)
-            self.preprocessor_config = preprocessor_config(self.tokenizer_config, settings)
+        settings = _read_if(names, self.path / SETTINGS)
+        self.tokenizer_config = tokenizer_config(self.path, names, settings, config)
+        self.preprocessor_config = preprocessor_config(settings)
         self.generation_config = _generation_config(self.path, names, vocabulary_size, config)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,98 +1,151 @@
-"""The tokenizer files of a Hugging Face directory: `tokenizer.json` and `tokenizer_config.json`.
+"""The tokenizer files of a Hugging Face directory, beside the vocabulary itself: what they say about it.
 
-Says with which arguments kllama's tokenizer and preprocessor do what those files say; builds neither. Called by
+`tokenizer_config.json`, `added_tokens.json` and the chat templates become arguments of kllama's tokenizer and
+preprocessor; the file with the vocabulary is found and not opened. Builds neither. Called by
 `checkpoints/huggingface.py`.
 """
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from kllama.checkpoints.config import token_ids
-from kllama.checkpoints.reader import listed, read_json, shown
-from kllama.errors import CheckpointError
+from kllama.checkpoints.reader import read_json, read_text, shown
+from kllama.errors import CheckpointError, MissingFileError
 
-TOKENIZER_LIMIT = 64 * 2**20
-
-
-def tokenizer_config(path: Path, vocabulary_size: int, settings: dict, config: dict) -> dict:
-    """Name the special tokens: as `tokenizer_config.json` does, else by the ids in `config.json`."""
-    vocabulary = _read_vocabulary(path, vocabulary_size)
-    tokens = {"pad_token": _token(settings.get("pad_token"), path, "pad_token", vocabulary)}
-    for name in ("bos_token", "eos_token"):
-        if name in settings:
-            tokens[name] = _token(settings[name], path, name, vocabulary)
-        else:
-            tokens[name] = _token_of_id(config, f"{name}_id", path, vocabulary)
-    return {
-        "tokenizer": str(path),
-        "start_token": tokens["bos_token"],
-        "end_token": tokens["eos_token"],
-        "pad_token": tokens["pad_token"],
-    }
+# In the order in which they count: what transformers wrote for its fast tokenizers holds all rules, the others do not.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SETTINGS = "tokenizer_config.json"
+ADDED_TOKENS = "added_tokens.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_CHAT_TEMPLATES = "additional_chat_templates"
+CHAT_TEMPLATE_LIMIT = 2**20
 
 
-def preprocessor_config(tokenizer_config: dict, settings: dict) -> dict:
-    """Say which of the start and end tokens texts do not get; by default they get both."""
-    adds = {
-        "add_start_token": tokenizer_config["start_token"] is not None
-        and _adds_start_token(tokenizer_config, settings),
-        "add_end_token": tokenizer_config["end_token"] is not None,
-    }
-    return {name: False for name, is_added in adds.items() if not is_added}
+class HuggingFaceTokenizer:
+    """The tokenizer files of a directory, opened for themselves: no weights need be there.
+
+    Args:
+        path: the directory.
+
+    Attributes: `path`, `tokenizer_config` and `preprocessor_config`, as an opened checkpoint has them; and
+        `backbone_config`, of which only `vocabulary_size` is known, and that only where there is a `config.json`.
+
+    Raises:
+        MissingFileError: there is no vocabulary.
+        CheckpointError: a file is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        names = os.listdir(path)
+        settings, config = (read_json(path / name) if name in names else {} for name in (SETTINGS, "config.json"))
+        self.tokenizer_config = tokenizer_config(path, names, settings, config)
+        if self.tokenizer_config is None:
+            raise MissingFileError(f"{path}: no tokenizer; expected {', '.join(VOCABULARIES)}.", str(path))
+        self.preprocessor_config = preprocessor_config(settings)
+        size = config.get("vocab_size")
+        self.backbone_config = {"vocabulary_size": size} if type(size) is int else {}
 
 
-def _adds_start_token(tokenizer_config: dict, settings: dict) -> bool:
-    """Tell whether texts begin with the start token: by `add_bos_token`, else the post-processor, else the class."""
-    if isinstance(settings.get("add_bos_token"), bool):
-        return settings["add_bos_token"]
-    processor = read_json(Path(tokenizer_config["tokenizer"]), TOKENIZER_LIMIT).get("post_processor") or {}
-    templates = [part["single"] for part in processor.get("processors", [processor]) if part.get("single")]
-    if templates:
-        return any(
-            template[0].get("SpecialToken", {}).get("id") == tokenizer_config["start_token"] for template in templates
-        )
-    return str(settings.get("tokenizer_class", "LlamaTokenizer")).startswith("Llama")
+def tokenizer_config(directory: Path, names: Iterable[str], settings: dict, config: dict) -> dict | None:
+    """Say with which arguments a `LlamaTokenizer` does what the files say; None without a vocabulary.
 
+    Special tokens are as `tokenizer_config.json` names them, else by the ids in `config.json`, else "auto": the
+    vocabulary's own.
 
-def _read_vocabulary(path: Path, vocabulary_size: int) -> dict[str, int]:
-    """Return the ids of a `tokenizer.json` by token, all of them below the number of embedding rows."""
-    document = read_json(path, TOKENIZER_LIMIT)
-    try:
-        entries = document["model"]["vocab"]
-        if isinstance(entries, list):  # Unigram: pairs of token and score, the id is the place in the list
-            entries = {token: token_id for token_id, (token, _) in enumerate(entries)}
-        added = {token["content"]: token["id"] for token in document.get("added_tokens") or ()}
-        vocabulary = {**entries, **added}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: expected model.vocab and added_tokens as the tokenizers library writes them."
-        ) from error
-    wrong = [token for token, token_id in vocabulary.items() if type(token_id) is not int or token_id < 0]
-    if wrong:
-        raise CheckpointError(f"{path}: ids that are not integers from 0: {listed(map(shown, wrong))}.")
-    outside = [f"{shown(token)} = {token_id}" for token, token_id in vocabulary.items() if token_id >= vocabulary_size]
-    if outside:
-        raise CheckpointError(
-            f"{path}: ids without an embedding row: {listed(outside)}; expected below {vocabulary_size}."
-        )
-    return vocabulary
-
-
-def _token(value: object, path: Path, name: str, vocabulary: dict[str, int]) -> str | None:
-    """Return the text of a special token, which the file spells as a string or as an object with its `content`."""
-    text = value.get("content") if isinstance(value, dict) else value
-    if text is None or (isinstance(text, str) and text in vocabulary):
-        return text
-    source = path.with_name("tokenizer_config.json")
-    raise CheckpointError(f"{source}: {name} = {shown(value)}; expected a token of {path.name}.")
-
-
-def _token_of_id(config: dict, name: str, path: Path, vocabulary: dict[str, int]) -> str | None:
-    """Return the text of the token that `config.json` names by its id, or by the first id of a list."""
-    source = path.with_name("config.json")
-    ids = token_ids(config, name, source)
-    if not ids:
+    Args:
+        directory: the directory.
+        names: what lies in it.
+        settings: content of `tokenizer_config.json`, or an empty dict.
+        config: content of `config.json`.
+    """
+    found = [name for name in VOCABULARIES if name in names]
+    if not found:
         return None
-    tokens = [token for token, token_id in vocabulary.items() if token_id == ids[0]]
-    if not tokens:
-        raise CheckpointError(f"{source}: {name} = {ids[0]}; expected an id of {path.name}.")
-    return tokens[-1]  # an added token, which stands last, hides the plain one of its id
+    source = directory / SETTINGS
+    arguments = {
+        "tokenizer": str(directory / found[0]),
+        "start_token": _token(settings, "bos_token", source, _token_id(config, "bos_token_id", directory)),
+        "end_token": _token(settings, "eos_token", source, _token_id(config, "eos_token_id", directory)),
+        "pad_token": _token(settings, "pad_token", source, None),
+    }
+    if found[0] != "tokenizer.json":  # which has all of these in its own rules
+        arguments |= {name: _flag(settings, name, source) for name in ("legacy", "add_prefix_space")}
+        arguments["added_tokens"] = _added_tokens(directory, names, settings)
+    template = _chat_template(directory, names, settings)
+    return arguments if template is None else {**arguments, "chat_template": template}
+
+
+def preprocessor_config(settings: dict) -> dict:
+    """Say whether texts begin with the start token, where that does not follow from the vocabulary's own rules."""
+    if isinstance(settings.get("add_bos_token"), bool):
+        return {"add_start_token": settings["add_bos_token"]}
+    if str(settings.get("tokenizer_class", "LlamaTokenizer")).startswith("Llama"):
+        return {"add_start_token": True}
+    return {}
+
+
+def _token(settings: dict, name: str, source: Path, default: str | int | None) -> str | int | None:
+    """Return the text of a special token, which the file spells as a string or as an object with its `content`."""
+    if name not in settings:
+        return default
+    value = settings[name]
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is None or isinstance(text, str):
+        return text
+    raise CheckpointError(f"{source}: {name} = {shown(value)}; expected a token.")
+
+
+def _token_id(config: dict, name: str, directory: Path) -> str | int | None:
+    """Return the id of a special token, the first one of a list; "auto" where `config.json` does not have the key."""
+    if name not in config:
+        return "auto"
+    ids = token_ids(config, name, directory / "config.json")
+    return ids[0] if ids else None
+
+
+def _flag(settings: dict, name: str, source: Path) -> bool | None:
+    value = settings.get(name)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{source}: {name} = {shown(value)}; expected true, false or null.")
+    return value
+
+
+def _added_tokens(directory: Path, names: Iterable[str], settings: dict) -> list[dict]:
+    """Return the tokens that were added to a vocabulary, in the order of their ids: `{"id", "content", flags}`."""
+    source = directory / SETTINGS
+    added = settings.get("added_tokens_decoder")
+    if added is None and ADDED_TOKENS in names:
+        source = directory / ADDED_TOKENS
+        added = {token_id: {"content": token} for token, token_id in read_json(source).items()}
+    try:
+        tokens = [{**token, "id": int(token_id)} for token_id, token in (added or {}).items()]
+        is_sound = all(isinstance(token["content"], str) and token["id"] >= 0 for token in tokens)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise CheckpointError(f"{source}: added tokens = {shown(added)}; expected a content for each id.")
+    return sorted(tokens, key=lambda token: token["id"])
+
+
+def _chat_template(directory: Path, names: Iterable[str], settings: dict) -> str | dict[str, str] | None:
+    """Return the chat template, or several by name, of which "default" is the one that is used without a reason."""
+    templates = settings.get("chat_template")
+    if isinstance(templates, list):
+        try:
+            templates = {entry["name"]: entry["template"] for entry in templates}
+        except (KeyError, TypeError) as error:
+            message = f"{directory / SETTINGS}: chat_template = {shown(templates)}; expected names and templates."
+            raise CheckpointError(message) from error
+    if CHAT_TEMPLATE in names:
+        templates = read_text(directory / CHAT_TEMPLATE, CHAT_TEMPLATE_LIMIT)
+    if MORE_CHAT_TEMPLATES in names:
+        if not isinstance(templates, dict):
+            templates = {} if templates is None else {"default": templates}
+        more = sorted((directory / MORE_CHAT_TEMPLATES).glob("*.jinja"))
+        templates |= {path.stem: read_text(path, CHAT_TEMPLATE_LIMIT) for path in more}
+    sources = templates.values() if isinstance(templates, dict) else [templates]
+    if templates is not None and not all(isinstance(source, str) for source in sources):
+        raise CheckpointError(f"{directory / SETTINGS}: chat_template = {shown(templates)}; expected a template.")
+    return templates

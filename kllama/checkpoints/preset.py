@@ -19,17 +19,27 @@ from kllama.checkpoints.config import GENERATION_KEYS, generation_settings, toke
 from kllama.checkpoints.h5_weights import H5Weights, StoredTensor
 from kllama.checkpoints.name_map import expected_tensors
 from kllama.checkpoints.reader import LISTED, check_file, listed, read_json, shown
-from kllama.errors import CheckpointError, UnsupportedError
+from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 
+_CONFIG = "config.json"
+_TOKENIZER = "tokenizer.json"
 _BACKBONE = "kllama>LlamaBackbone"
 _DTYPES = ("float32", "bfloat16", "float16")
 _MIXED = tuple(f"mixed_{dtype}" for dtype in _DTYPES[1:])
 _TOKENIZER_ASSET = Path("assets", "tokenizer", "tokenizer.json")
 
 
+_REQUIRED = object()
+
+
 class _Kind(NamedTuple):
     expected: str
     accepts: Callable[[object], bool]
+    default: object = _REQUIRED  # what a key means that presets of the version before it lack
+
+    def since(self, default: object) -> "_Kind":
+        """Return this kind for a key that came later; presets without it mean the default."""
+        return self._replace(default=default)
 
 
 _COUNT = _Kind("an integer of at least 1", lambda value: type(value) is int and value >= 1)
@@ -38,6 +48,13 @@ _FLAG = _Kind("true or false", lambda value: type(value) is bool)
 _STRING = _Kind("a string", lambda value: type(value) is str)
 _STRING_OR_NULL = _Kind("a string or null", lambda value: value is None or type(value) is str)
 _COUNT_OR_NULL = _Kind("an integer of at least 1, or null", lambda value: value is None or _COUNT.accepts(value))
+_FLAG_OR_NULL = _Kind("true, false or null", lambda value: value is None or type(value) is bool)
+_TEMPLATE = _Kind(
+    "a string, an object of strings, or null",
+    lambda value: (
+        all(type(text) is str for text in value.values()) if type(value) is dict else _STRING_OR_NULL.accepts(value)
+    ),
+)
 _OBJECT_OR_NULL = _Kind("an object or null", lambda value: value is None or type(value) is dict)
 
 # What `get_config` of each class writes. Ranges and how values fit together are for the constructors to check.
@@ -68,15 +85,29 @@ _TOKENIZER_FIELDS = {
     "end_token": _STRING_OR_NULL,
     "pad_token": _STRING_OR_NULL,
     "parse_special": _FLAG,
+    "legacy": _FLAG_OR_NULL.since(None),
+    "add_prefix_space": _FLAG_OR_NULL.since(None),
+    "chat_template": _TEMPLATE.since(None),
 }
-_PREPROCESSOR_FIELDS = {"sequence_length": _COUNT, "add_start_token": _FLAG, "add_end_token": _FLAG}
+_PREPROCESSOR_FIELDS = {
+    "sequence_length": _COUNT,
+    "add_start_token": _FLAG,
+    "add_end_token": _FLAG,
+    "loss_on": _STRING.since("auto"),
+    "truncate": _STRING_OR_NULL.since(None),
+}
 _LAYER_KEYS = ("name", "trainable", "dtype", "config_file", "tokenizer")
 
 
 def is_preset(path: Path) -> bool:
     """Tell whether a path is a directory whose `config.json` is that of a serialized Keras object."""
-    config = path / "config.json"
+    config = path / _CONFIG
     return config.is_file() and "registered_name" in read_json(config)
+
+
+def has_preset_tokenizer(path: Path) -> bool:
+    """Tell whether a path is a directory with the vocabulary where a preset has it."""
+    return (path / _TOKENIZER_ASSET).is_file()
 
 
 class PresetCheckpoint:
@@ -97,12 +128,12 @@ class PresetCheckpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        config_file = path / "config.json"
+        config_file = path / _CONFIG
         config = _read_object(config_file, _BACKBONE)
         self.dtype = _read_dtype(config_file, config.pop("dtype", None), _DTYPES + _MIXED)
         self.backbone_config = _read_fields(config_file, config, _BACKBONE_FIELDS)
-        self.tokenizer_config = self._read_tokenizer_config()
-        self.preprocessor_config = self._read_preprocessor_config()
+        self.tokenizer_config = _read_tokenizer_config(path)
+        self.preprocessor_config = _read_preprocessor_config(path)
         self.generation_config = self._read_generation_config()
         self._weights = H5Weights(path)
         _check_tensors(self.backbone_config, self._weights.tensors, path)
@@ -116,26 +147,6 @@ class PresetCheckpoint:
         paths = [tensor.path for tensor in expected_tensors(self.backbone_config)]
         yield from zip(paths, self._weights.read([_dataset_name(path) for path in paths]), strict=True)
 
-    def _read_tokenizer_config(self) -> dict | None:
-        file = self.path / "tokenizer.json"
-        if not file.is_file():
-            return None
-        config = _read_object(file, "kllama>LlamaTokenizer")
-        if "tokenizer" in config:
-            raise CheckpointError(f"{file}: tokenizer = {shown(config['tokenizer'])}; expected no path in a preset.")
-        dtype = _read_dtype(file, config.get("dtype"), ("int32", "int64"))
-        asset = self.path / _TOKENIZER_ASSET
-        check_file(asset, self.path)
-        fields = _read_fields(file, config, _TOKENIZER_FIELDS, _LAYER_KEYS)
-        return {"tokenizer": str(asset), **fields, "dtype": dtype}
-
-    def _read_preprocessor_config(self) -> dict:
-        file = self.path / "preprocessor.json"
-        if not file.is_file():
-            return {}
-        config = _read_object(file, "kllama>LlamaCausalLMPreprocessor")
-        return _read_fields(file, config, _PREPROCESSOR_FIELDS, _LAYER_KEYS)
-
     def _read_generation_config(self) -> dict:
         file = self.path / "task.json"
         if not file.is_file():
@@ -148,6 +159,55 @@ class PresetCheckpoint:
             raise CheckpointError(f"{file}: generation_config has unknown keys: {listed(map(shown, unknown))}.")
         stops = {"stop_token_ids": token_ids(config, "stop_token_ids", file)} if "stop_token_ids" in config else {}
         return {**stops, **generation_settings(config, file)}
+
+
+class PresetTokenizer:
+    """The tokenizer and the preprocessor of a preset directory, which need not have a model.
+
+    Args:
+        path: the directory.
+
+    Attributes: `path`, `tokenizer_config` and `preprocessor_config`, as an opened checkpoint has them; and
+        `backbone_config`, of which only `vocabulary_size` is read, where there is a model.
+
+    Raises:
+        MissingFileError: if there is no tokenizer, or not its vocabulary.
+        UnsupportedError: if it holds another class.
+        CheckpointError: if a file is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tokenizer_config = _read_tokenizer_config(path)
+        if self.tokenizer_config is None:
+            raise MissingFileError(f"{path}: no tokenizer; expected {_TOKENIZER}.", str(path / _TOKENIZER))
+        self.preprocessor_config = _read_preprocessor_config(path)
+        self.backbone_config = {}
+        if (path / _CONFIG).is_file():
+            config = _read_object(path / _CONFIG, _BACKBONE)
+            self.backbone_config["vocabulary_size"] = config.get("vocabulary_size")
+
+
+def _read_tokenizer_config(path: Path) -> dict | None:
+    file = path / _TOKENIZER
+    if not file.is_file():
+        return None
+    config = _read_object(file, "kllama>LlamaTokenizer")
+    if "tokenizer" in config:
+        raise CheckpointError(f"{file}: tokenizer = {shown(config['tokenizer'])}; expected no path in a preset.")
+    dtype = _read_dtype(file, config.get("dtype"), ("int32", "int64"))
+    asset = path / _TOKENIZER_ASSET
+    check_file(asset, path)
+    fields = _read_fields(file, config, _TOKENIZER_FIELDS, _LAYER_KEYS)
+    return {"tokenizer": str(asset), **fields, "dtype": dtype}
+
+
+def _read_preprocessor_config(path: Path) -> dict:
+    file = path / "preprocessor.json"
+    if not file.is_file():
+        return {}
+    config = _read_object(file, "kllama>LlamaCausalLMPreprocessor")
+    return _read_fields(file, config, _PREPROCESSOR_FIELDS, _LAYER_KEYS)
 
 
 def _read_object(path: Path, registered_name: str) -> dict:
@@ -172,7 +232,8 @@ def _read_dtype(path: Path, dtype: object, allowed: tuple[str, ...]) -> str:
 
 
 def _read_fields(path: Path, config: dict, fields: dict[str, _Kind], ignored: tuple[str, ...] = ()) -> dict:
-    """Take the fields out of a config that must have them all, and no others but the ignored ones."""
+    """Take the fields out of a config that must have them all, but for later ones, and no others but the ignored."""
+    config = {**{name: kind.default for name, kind in fields.items() if kind.default is not _REQUIRED}, **config}
     unknown, missing = sorted(config.keys() - fields.keys() - set(ignored)), sorted(fields.keys() - config.keys())
     if unknown:
         raise CheckpointError(f"{path}: unknown keys: {listed(map(shown, unknown))}; expected {', '.join(fields)}.")

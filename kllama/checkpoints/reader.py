@@ -104,12 +104,7 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
         CheckpointError: too large, not UTF-8, a byte order mark, not JSON, nested deeper than 64, a key given twice, a
             number that is not finite, or not an object.
     """
-    size = check_file(path)
-    if size > limit:
-        raise CheckpointError(f"{path}: size = {size} bytes; expected at most {limit}.")
-    data = _read_bytes(path, 0, limit)
-    _refuse_placeholder(path, data)
-    text = _decode(path, data)
+    text = read_text(path, limit)
     _check_depth(path, text)
     try:
         content = json.loads(text, object_pairs_hook=lambda pairs: _object(path, pairs), parse_int=_parse_integer)
@@ -118,6 +113,30 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: top level = {shown(content)}; expected an object.")
     return content
+
+
+def read_text(path: Path, limit: int) -> str:
+    """Read a file of UTF-8 text.
+
+    Args:
+        path: the file; see `check_file` for what may stand there.
+        limit: the largest size in bytes that is read.
+
+    Raises:
+        MissingFileError: nothing is there.
+        CheckpointError: empty, too large, a Git LFS pointer, a byte order mark, or not UTF-8.
+    """
+    return _decode(path, read_bytes(path, limit))
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a whole file that is small; arguments and errors are those of `read_text`."""
+    size = check_file(path)
+    if size > limit:
+        raise CheckpointError(f"{path}: size = {size} bytes; expected at most {limit}.")
+    data = _read_bytes(path, 0, limit)
+    _refuse_placeholder(path, data)
+    return data
 
 
 def check_finite(array: np.ndarray, field: str) -> None:

@@ -21,6 +21,27 @@ KERAS_HUB_DEFAULT = Sampling(top_k=5)
 """What `compile(sampler="top_k")` means."""
 
 
+def fit_prompts(prompts: Prompts, max_length, max_new_tokens, preprocessor, max_sequence_length) -> Prompts:
+    """Cut prompts that are too long, where the preprocessor's `truncate` asks for it.
+
+    With `max_new_tokens` a prompt is too long only for the model's positions.
+
+    Raises:
+        TypeError, ValueError: as `resolve_limits`.
+    """
+    _check_asked(max_length, max_new_tokens)
+    if prompts.cut is None:
+        return prompts
+    if max_new_tokens is None:
+        room = _default_max_length(prompts, preprocessor, max_sequence_length) if max_length is None else max_length
+    elif max_sequence_length is None:
+        return prompts
+    else:
+        room = max_sequence_length - max_new_tokens + 1
+    rows = [np.array(prompts.cut(row.tolist(), room), "int32") for row in prompts.rows]
+    return dataclasses.replace(prompts, rows=rows)
+
+
 def resolve_limits(prompts: Prompts, max_length, max_new_tokens, preprocessor, max_sequence_length) -> np.ndarray:
     """Settle the length, prompt included, at which each row ends: int32 (B,).
 
@@ -28,13 +49,7 @@ def resolve_limits(prompts: Prompts, max_length, max_new_tokens, preprocessor, m
         TypeError: for a length that is no integer.
         ValueError: for a length below 1, for both kinds of length, and for one beyond the model's positions.
     """
-    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-        if value is not None:
-            check_integer(name, value, minimum=1)
-    if max_length is not None and max_new_tokens is not None:
-        raise ValueError(
-            f"max_length ({max_length}) and max_new_tokens ({max_new_tokens}) are both given; expected one."
-        )
+    _check_asked(max_length, max_new_tokens)
     if max_new_tokens is not None:
         limits = prompts.lengths + max_new_tokens
     else:
@@ -52,13 +67,24 @@ def resolve_limits(prompts: Prompts, max_length, max_new_tokens, preprocessor, m
     return limits.astype("int32")
 
 
+def _check_asked(max_length, max_new_tokens) -> None:
+    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+        if value is not None:
+            check_integer(name, value, minimum=1)
+    if max_length is not None and max_new_tokens is not None:
+        raise ValueError(
+            f"max_length ({max_length}) and max_new_tokens ({max_new_tokens}) are both given; expected one."
+        )
+
+
 def check_lengths(prompts: Prompts, limits: np.ndarray) -> None:
     """Raise a ValueError for a prompt that is longer than its limit."""
     for index, (length, limit) in enumerate(zip(prompts.lengths, limits, strict=True)):
         if length > limit:
             raise ValueError(
-                f"inputs row {index}: the prompt has {length} tokens, max_length is {limit}. Shorten the prompt, or "
-                "raise max_length (by default the preprocessor's sequence_length)."
+                f"inputs row {index}: the prompt has {length} tokens, max_length is {limit}. Shorten the prompt, "
+                "raise max_length (by default the preprocessor's sequence_length), or let the preprocessor cut it: "
+                "truncate='left'."
             )
 
 

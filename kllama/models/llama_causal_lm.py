@@ -20,6 +20,7 @@ from kllama.generation.sampling import Sampling, choose
 from kllama.models.generate_arguments import (
     check_generation_config,
     check_lengths,
+    fit_prompts,
     refuse_seed,
     resolve_limits,
     resolve_sampling,
@@ -30,7 +31,8 @@ from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.prompts import check_ids, read_prompts
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
-from kllama.training.data import is_text, is_tf_dataset, is_token_ids, prepare_texts, prepare_token_ids
+from kllama.training.batches import is_batches, is_tf_dataset, refuse_labels, unpack_batch, wrap_batches
+from kllama.training.data import is_token_ids, prepare_texts, prepare_token_ids, weigh
 from kllama.training.losses import TokenCrossentropy
 from kllama.training.metrics import Perplexity, TokenAccuracy
 
@@ -195,9 +197,15 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         self.optimizer.build(self.trainable_variables)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
-        """Turn text into (x, y, sample_weight); token ids pass, completed by their own next tokens as labels."""
+        """Turn a batch of text into (x, y, sample_weight); token ids pass, with their own next tokens for labels.
+
+        Args:
+            x: text or token ids, as in `fit`; string or integer tensors in a `tf.data` pipeline.
+            y: labels (B, T) for token ids; None for text.
+            sample_weight: weights (B,) of rows, or (B, T) of labels.
+        """
         if not is_token_ids(x):
-            return super().preprocess_samples(x, y, sample_weight)
+            return self._preprocess_text(x, y, sample_weight)
         if y is not None:
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         if in_tf_function():
@@ -206,64 +214,88 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             return tf_data.next_token_labels(x, sample_weight)
         return prepare_token_ids(x, y, sample_weight)
 
+    def _preprocess_text(self, x, y, sample_weight):
+        refuse_labels(y)
+        if self.preprocessor is None:
+            raise ValueError("x is text, but the model has no preprocessor; expected token ids.")
+        x, y, weights = super().preprocess_samples(x)
+        if sample_weight is None:
+            return x, y, weights
+        if in_tf_function():
+            from kllama.backend import tf_data
+
+            return x, y, tf_data.weigh_rows(weights, sample_weight)
+        return x, y, weigh(ops.convert_to_numpy(weights), sample_weight)
+
     def fit(self, x=None, y=None, batch_size=None, sample_weight=None, validation_data=None, **kwargs):
         """Train on text or on token ids.
 
+        Which tokens of a text the loss counts is the preprocessor's `loss_on`; how long rows may be, and where longer
+        ones are cut, its `sequence_length` and `truncate`. Rows that are there as a whole and had to be cut are counted
+        in a warning.
+
         Args:
-            x: strings; or token ids (B, T); or `{"token_ids": (B, T), "padding_mask": (B, T)}`; or whatever else
-                `keras_hub.models.CausalLM.fit` takes.
+            x: text: strings; or `{"prompts": [...], "responses": [...]}`; or `{"messages": [...]}`, conversations for
+                the chat template, with `"tools"` beside them if there are any; or rows, a list of
+                `{"prompt": ..., "response": ...}` or `{"messages": ...}`. Or token ids (B, T), or
+                `{"token_ids": (B, T), "padding_mask": (B, T)}`. Or batches of any of these, or of `(x,)`, `(x, y)` or
+                `(x, y, sample_weight)`: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a PyTorch `DataLoader`, a Grain
+                pipeline or a generator, whose batches are prepared as they are read.
             y: labels (B, T) for token ids, of which all count but -100. By default each token's next one, of which the
                 real ones count.
-            batch_size: rows per step. Defaults to 32.
+            batch_size: rows per step. Defaults to 32. None where `x` comes in batches.
             sample_weight: weights (B,) of rows, or (B, T) of the labels of token ids.
-            validation_data: text or token ids to evaluate after each epoch, or `(x, y)`, or `(x, y, sample_weight)`.
+            validation_data: what to evaluate on after each epoch: anything that `x` can be, or `(x, y)`, or
+                `(x, y, sample_weight)`.
             **kwargs: those of `keras.Model.fit`.
 
         Returns:
             A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: no rows, or none with a label that the loss counts; labels with text; text without a
+                preprocessor.
+            TypeError: a row is of the wrong type; the message has its index.
         """
-        if not self._is_prepared_here(x):
-            return super().fit(x, y, batch_size, sample_weight, validation_data, **kwargs)
-        x, y, sample_weight = self._prepare(x, y, sample_weight)
+        x, y, sample_weight = self._prepare(x, y, sample_weight, batch_size)
+        if validation_data is not None:
+            validation_data = self._prepare(*unpack_batch(validation_data))
         return keras.Model.fit(
             self,
             x,
             y,
             batch_size=batch_size,
             sample_weight=sample_weight,
-            validation_data=self._prepare_validation(validation_data),
+            validation_data=validation_data,
             **kwargs,
         )
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Compute the loss and the metrics on text or token ids; arguments as in `fit`."""
-        if not self._is_prepared_here(x):
-            return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
-        x, y, sample_weight = self._prepare(x, y, sample_weight)
+        if not kwargs.get("_use_cached_eval_dataset", False):  # as `fit` calls it, on what it has prepared
+            x, y, sample_weight = self._prepare(x, y, sample_weight, batch_size)
         return keras.Model.evaluate(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """Compute logits (B, T, V) of text or token ids, in NumPy; `x` as in `fit`."""
-        if not self._is_prepared_here(x):
-            return super().predict(x, batch_size, **kwargs)
-        x, _, _ = self._prepare(x)
+        x, _, _ = self._prepare(x, batch_size=batch_size, is_training=False)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
-    def _is_prepared_here(self, x) -> bool:
-        return is_token_ids(x) or (is_text(x) and self.preprocessor is not None)
-
-    def _prepare(self, x, y=None, sample_weight=None):
-        if not is_text(x):
+    def _prepare(self, x, y=None, sample_weight=None, batch_size=None, is_training=True):
+        """Give `(x, y, sample_weight)` as Keras takes it: arrays, or what prepares batches as they are read."""
+        if is_token_ids(x):
             return prepare_token_ids(x, y, sample_weight)
-        if y is not None:
-            raise ValueError("y must be None with text: the labels of a text are its own next tokens.")
-        return prepare_texts([x] if isinstance(x, str) else x, self.preprocessor, sample_weight)
+        if not is_batches(x):
+            refuse_labels(y)
+            return prepare_texts(x, self.preprocessor, sample_weight, is_training=is_training)
+        for name, value in (("y", y), ("sample_weight", sample_weight), ("batch_size", batch_size)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with a {type(x).__name__}, which gives it with each batch.")
+        if not is_tf_dataset(x):
+            return wrap_batches(x, self.preprocessor), None, None
+        from kllama.backend import tf_data
 
-    def _prepare_validation(self, data):
-        unpacked = data if isinstance(data, tuple) else (data,)
-        if self._is_prepared_here(unpacked[0]):
-            return self._prepare(*unpacked)
-        return data.map(self.preprocess_samples) if is_tf_dataset(data) else data
+        return tf_data.map_batches(x, self.preprocess_samples), None, None
 
     # === Generation ===
 
@@ -287,8 +319,9 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         `generation_config`, which beats KerasHub's default (top-k with k = 5).
 
         Args:
-            inputs: a string or a list of strings; or `{"token_ids": (B, T), "padding_mask": (B, T)}` with padding on
-                the right.
+            inputs: a string or a list of strings; or `{"messages": ...}`, a conversation or a list of them, which the
+                chat template renders and the assistant continues; or `{"token_ids": (B, T), "padding_mask": (B, T)}`
+                with padding on the right. The preprocessor's `truncate` says what becomes of text that is too long.
             max_length: the length, prompt included, at which a row ends. Defaults to the smaller of the preprocessor's
                 `sequence_length` and the backbone's `max_sequence_length`; for token ids to their width T.
             stop_token_ids: ids that end a row. `"auto"` means the tokenizer's end token and the stop ids of
@@ -302,8 +335,8 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             seed: non-negative integer below 2 ** 31. The same seed gives the same text on the same backend.
 
         Returns:
-            A string for a string, a list of strings for a list; for token ids a dict of NumPy arrays `token_ids` (B, S)
-            and `padding_mask` (B, S), where S is the longest row.
+            A string for a string or a conversation, a list of strings for a list; for token ids a dict of NumPy arrays
+            `token_ids` (B, S) and `padding_mask` (B, S), where S is the longest row.
 
         Raises:
             TypeError: for an argument of the wrong type.
@@ -314,9 +347,9 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         if prompts.is_empty:
             return []
         check_ids(prompts, self.backbone.vocabulary_size)
-        limits = resolve_limits(
-            prompts, max_length, max_new_tokens, self.preprocessor, self.backbone.max_sequence_length
-        )
+        lengths = max_length, max_new_tokens, self.preprocessor, self.backbone.max_sequence_length
+        prompts = fit_prompts(prompts, *lengths)
+        limits = resolve_limits(prompts, *lengths)
         check_lengths(prompts, limits)
         stop_token_ids = resolve_stop_token_ids(
             stop_token_ids, self.preprocessor, self.generation_config, self.backbone

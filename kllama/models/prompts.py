@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 import keras
 import numpy as np
 
+from kllama.text.preprocessor import LlamaCausalLMPreprocessor
+from kllama.text.samples import read_samples
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -16,7 +19,8 @@ class Prompts:
         width: the width that the caller's padded ids had, or None for text.
         num_tokens: size of the tokenizer's vocabulary, or None where ids were passed.
         finish_text: function ({"token_ids", "padding_mask"}) -> list of strings, or None where ids were passed.
-        is_single: whether the caller passed one string.
+        is_single: whether the caller passed one string, or one conversation.
+        cut: function (row, max_length) -> row that leaves room for a new token, or None where long prompts are refused.
     """
 
     rows: list
@@ -24,6 +28,7 @@ class Prompts:
     num_tokens: int | None = None
     finish_text: Callable | None = None
     is_single: bool = False
+    cut: Callable | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -55,37 +60,46 @@ class Prompts:
 
 
 def read_prompts(inputs, preprocessor) -> Prompts:
-    """Read text or token ids.
+    """Read text, conversations or token ids.
 
     Raises:
         TypeError: for anything else.
         ValueError: for text without a preprocessor, and for a padding mask that does not pad on the right.
     """
-    if isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping) and "messages" not in inputs:
         return _read_token_ids(inputs)
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
         inputs = inputs.tolist()
     texts = [inputs] if isinstance(inputs, str) else inputs
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+    is_chat = isinstance(inputs, Mapping)
+    if not is_chat and (not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts)):
         raise TypeError(
-            f"inputs ({type(inputs).__name__}) must be a string, a list of strings, or a dict of token_ids and "
-            "padding_mask."
+            f"inputs ({type(inputs).__name__}) must be a string, a list of strings, a dict of messages, or a dict of "
+            "token_ids and padding_mask."
         )
     if preprocessor is None:
         raise ValueError("inputs are text, but the model has no preprocessor; expected a dict of token_ids.")
+    is_ours = isinstance(preprocessor, LlamaCausalLMPreprocessor)
     return Prompts(
-        _tokenize(texts, preprocessor),
+        _render(inputs, preprocessor) if is_chat else _tokenize(texts, preprocessor),
         num_tokens=preprocessor.tokenizer.vocabulary_size(),
         finish_text=preprocessor.generate_postprocess,
-        is_single=isinstance(inputs, str),
+        is_single=not read_samples(inputs).is_batch if is_chat else isinstance(inputs, str),
+        cut=preprocessor.cut_prompt if is_ours and preprocessor.truncate is not None else None,
     )
+
+
+def _render(inputs: Mapping, preprocessor) -> list[np.ndarray]:
+    if not isinstance(preprocessor, LlamaCausalLMPreprocessor):
+        raise TypeError(f"preprocessor = {preprocessor!r}; messages need a LlamaCausalLMPreprocessor.")
+    return [np.array(ids, "int32") for ids in preprocessor.prompt_rows(inputs)]
 
 
 def _tokenize(texts, preprocessor) -> list[np.ndarray]:
     if not texts:
         return []
     # Wide enough for all of them: a token stands for at least a byte, and a normalizer makes at most 18 characters of
-    # one. What is too long is told by `check_lengths`.
+    # one. What is too long is told by `check_lengths`, or cut by `fit_prompts`.
     width = 18 * max(len(text.encode("utf-8", "replace")) for text in texts) + 16
     prompts = preprocessor.generate_preprocess(texts, sequence_length=width)
     token_ids, mask = (keras.ops.convert_to_numpy(prompts[name]) for name in ("token_ids", "padding_mask"))
@@ -94,7 +108,9 @@ def _tokenize(texts, preprocessor) -> list[np.ndarray]:
 
 def _read_token_ids(inputs: Mapping) -> Prompts:
     if "token_ids" not in inputs:
-        raise ValueError(f"inputs has the keys {sorted(inputs)}; expected 'token_ids' and 'padding_mask'.")
+        raise ValueError(
+            f"inputs has the keys {sorted(inputs)}; expected 'messages', or 'token_ids' and 'padding_mask'."
+        )
     token_ids = keras.ops.convert_to_numpy(inputs["token_ids"])
     if token_ids.ndim != 2 or not np.all(token_ids == np.floor(token_ids)):
         raise ValueError(f"inputs['token_ids'] has shape {token_ids.shape}; expected integers of shape (B, T).")

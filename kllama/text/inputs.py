@@ -11,12 +11,13 @@ import keras
 import numpy as np
 
 
-def as_texts(inputs) -> tuple[list[str], bool]:
+def as_texts(inputs, name: str = "texts") -> tuple[list[str], bool]:
     """Return the texts of an input as a list of str, and whether the input was a batch.
 
     Args:
         inputs: a str; a list or tuple of str; a NumPy array of str of shape () or (B,); an eager TensorFlow string
             tensor, whose bytes are read as UTF-8.
+        name: what a message calls the input.
 
     Raises:
         TypeError: an input is not text; the message has its row.
@@ -24,21 +25,21 @@ def as_texts(inputs) -> tuple[list[str], bool]:
     if isinstance(inputs, str):
         return [_without_surrogates(inputs)], False
     if not isinstance(inputs, list | tuple):
-        return _array_texts(inputs)
+        return _array_texts(inputs, name)
     for row, text in enumerate(inputs):
         if not isinstance(text, str):
-            raise TypeError(f"texts[{row}] = {reprlib.repr(text)} ({type(text).__name__}); expected a str.")
+            raise TypeError(f"{name}[{row}] = {reprlib.repr(text)} ({type(text).__name__}); expected a str.")
     return [_without_surrogates(text) for text in inputs], True
 
 
-def _array_texts(inputs):
+def _array_texts(inputs, name):
     values = np.asarray(inputs)
     if values.ndim > 1 or values.dtype.kind not in "UTO":
-        raise TypeError(f"texts = {reprlib.repr(inputs)} ({type(inputs).__name__}); expected a str or a list of str.")
+        raise TypeError(f"{name} = {reprlib.repr(inputs)} ({type(inputs).__name__}); expected a str or a list of str.")
     texts = np.atleast_1d(values).tolist()
     if not isinstance(inputs, np.ndarray):  # A string tensor: bytes are all that it can hold.
         texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
-    return as_texts(texts)[0], values.ndim == 1
+    return as_texts(texts, name)[0], values.ndim == 1
 
 
 def _without_surrogates(text: str) -> str:
@@ -63,14 +64,24 @@ def as_rows(ids) -> tuple[list[list[int]], bool]:
     ids = _as_list(ids)
     if not isinstance(ids, list):
         return [[_as_id(ids)]], False
+    if _are_ints(ids):
+        return [ids], False
     batch = [_as_list(row) for row in ids]
     if batch and all(isinstance(row, list) for row in batch):
-        return [[_as_id(token_id) for token_id in row] for row in batch], True
-    return [[_as_id(token_id) for token_id in batch]], False
+        return [_as_ids(row) for row in batch], True
+    return [_as_ids(batch)], False
+
+
+def _as_ids(row: list) -> list[int]:
+    return row if _are_ints(row) else [_as_id(token_id) for token_id in row]
+
+
+def _are_ints(row: list) -> bool:
+    return set(map(type, row)) == {int}  # at the speed of C: detokenizing is not much more
 
 
 def _as_list(ids):
-    if isinstance(ids, int):
+    if isinstance(ids, int | list):
         return ids
     if keras.ops.is_tensor(ids):
         ids = keras.ops.convert_to_numpy(ids)

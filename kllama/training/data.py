@@ -1,66 +1,112 @@
-"""What `fit` is given, made into what the model takes: text or token ids -> (x, y, sample_weight) in NumPy."""
+"""What `fit` is given, made into what the model takes: text or token ids -> (x, y, sample_weight) in NumPy.
 
+It takes data that is there as a whole; `batches` takes what comes batch by batch, and calls it. `fit`, `evaluate` and
+`predict` of the models call it.
+"""
+
+import warnings
 from collections.abc import Callable
 
 import keras
 import numpy as np
+from keras_hub.src.utils.tensor_utils import no_convert_scope
+
+from kllama.text.preprocessor import LlamaCausalLMPreprocessor
+from kllama.text.samples import Samples, read_samples
 
 _PIECE = 1024
 
 
-def is_text(x) -> bool:
-    """Tell whether `x` is a string or holds strings."""
-    if isinstance(x, str | bytes):
-        return True
-    if isinstance(x, list | tuple):
-        return bool(x) and is_text(x[0])
-    return isinstance(x, np.ndarray) and x.dtype.kind in "USO"
-
-
-def is_tf_dataset(x) -> bool:
-    """Tell whether `x` is a `tf.data.Dataset`, without importing TensorFlow."""
-    return any(cls.__module__.startswith("tensorflow.") and cls.__name__ == "DatasetV2" for cls in type(x).__mro__)
-
-
 def is_token_ids(x) -> bool:
-    """Tell whether `x` is a mapping with `token_ids`, or an array or a nested list of integers."""
+    """Tell whether `x` is a mapping with `token_ids`, or an array, a tensor or a nested list of integers."""
     if isinstance(x, dict):
         return "token_ids" in x
     if isinstance(x, list | tuple):
         return bool(x) and isinstance(x[0], list | tuple | np.ndarray) and np.asarray(x[0]).dtype.kind in "iu"
-    if isinstance(x, np.ndarray):
-        return x.dtype.kind in "iu"
-    return keras.ops.is_tensor(x) and "int" in keras.backend.standardize_dtype(x.dtype)
+    return "int" in str(getattr(x, "dtype", ""))  # of any framework
 
 
-def prepare_texts(texts, preprocessor: Callable, sample_weight=None) -> tuple:
-    """Tokenize and pack texts, no wider than the longest of them needs.
+def prepare_texts(x, preprocessor: Callable | None, sample_weight=None, *, is_training: bool = True) -> tuple:
+    """Tokenize and pack texts, prompts with responses, or conversations, no wider than the longest of them needs.
 
     Args:
-        texts: strings.
-        preprocessor: a `LlamaCausalLMPreprocessor`.
-        sample_weight: weights of the texts (B,), or None for ones.
+        x: what `kllama.text.samples.read_samples` takes.
+        preprocessor: a `LlamaCausalLMPreprocessor`, or, for plain texts, any of KerasHub's.
+        sample_weight: weights of the rows (B,) or of their labels (B, T), or None for ones.
+        is_training: whether the labels matter: to say how many rows were cut, and to refuse data without labels.
 
     Returns:
         `(x, y, sample_weight)` in NumPy: `x` is `{"token_ids", "padding_mask"}`, all (B, T) with T at most the
-        preprocessor's `sequence_length`.
+        preprocessor's `sequence_length`; the weights are float32 and the rest int32.
+
+    Raises:
+        ValueError: no rows; with `is_training`, none in which the loss counts anything; text without a preprocessor.
+        TypeError: a row is of the wrong type; the message has its index.
     """
-    texts = texts.tolist() if isinstance(texts, np.ndarray) else list(texts)
-    # A preprocessor gives tensors of the backend: piece by piece, they never fill the memory of a device.
-    pieces = [_prepare_piece(texts[i : i + _PIECE], preprocessor) for i in range(0, len(texts), _PIECE)]
-    width = max(piece.shape[-1] for piece in pieces)
-    padded = [np.pad(piece, ((0, 0), (0, 0), (0, width - piece.shape[-1]))) for piece in pieces]
-    token_ids, padding_mask, y, weights = np.concatenate(padded, axis=1)
-    if sample_weight is not None:
-        weights = weights * _widen(sample_weight, weights.shape)
-    return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights.astype("float32")
+    samples = read_rows(x)
+    num_cut_before = _num_cut_rows(preprocessor)
+    # Piece by piece, trimmed: rows as wide as `sequence_length` never fill the memory all at once.
+    starts = range(0, len(samples), _PIECE)
+    pieces = [_trimmed(encode(samples.part(start, start + _PIECE), preprocessor)) for start in starts]
+    width = max(piece[0].shape[1] for piece in pieces)
+    token_ids, padding_mask, y, weights = (
+        np.concatenate([np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays])
+        for arrays in zip(*pieces, strict=True)
+    )
+    if is_training:
+        _report_cut_rows(_num_cut_rows(preprocessor) - num_cut_before, len(samples), preprocessor)
+        _check_labels(weights)
+    return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weigh(weights, sample_weight)
 
 
-def _prepare_piece(texts: list[str], preprocessor: Callable) -> np.ndarray:
-    x, y, weights = preprocessor(texts)
-    arrays = (keras.ops.convert_to_numpy(a) for a in (x["token_ids"], x["padding_mask"], y, weights))
-    stacked = np.stack([array.astype("int32") for array in arrays])
-    return stacked[:, :, : max(1, stacked[1].sum(-1).max())]
+def read_rows(x) -> Samples:
+    """Read samples as `kllama.text.samples.read_samples` does, and raise a ValueError if there are none."""
+    samples = read_samples(x)
+    if len(samples) == 0:
+        raise ValueError("x holds no training rows; expected at least one.")
+    return samples
+
+
+def encode(part, preprocessor: Callable | None) -> tuple:
+    """Let a preprocessor make rows: token ids, padding mask, labels and their weights, each (B, T) in NumPy."""
+    if preprocessor is None:
+        raise ValueError("x is text, but the model has no preprocessor; expected token ids.")
+    if isinstance(preprocessor, LlamaCausalLMPreprocessor):
+        # NumPy it stays, since worker processes must not touch a device. `__call__` would print all rows with an error.
+        with no_convert_scope():
+            x, y, weights = preprocessor.call(part)
+    else:
+        x, y, weights = preprocessor(part)
+    token_ids, padding_mask, y, weights = (to_numpy(a) for a in (x["token_ids"], x["padding_mask"], y, weights))
+    return token_ids.astype("int32"), padding_mask.astype("int32"), y.astype("int32"), weights.astype("float32")
+
+
+def _trimmed(arrays: tuple) -> list:
+    width = max(1, arrays[1].sum(-1).max())
+    return [array[:, :width] for array in arrays]
+
+
+def _num_cut_rows(preprocessor) -> int:
+    return preprocessor.num_cut_rows if isinstance(preprocessor, LlamaCausalLMPreprocessor) else 0
+
+
+def _report_cut_rows(num_cut: int, num_rows: int, preprocessor) -> None:
+    if num_cut:
+        warnings.warn(
+            f"{num_cut} of {num_rows} rows are longer than sequence_length ({preprocessor.sequence_length}) and were "
+            f"cut on the {preprocessor.truncate or 'right'}; sequence_length= or truncate= of the preprocessor changes "
+            "that.",
+            stacklevel=5,  # the caller of `fit`
+        )
+
+
+def _check_labels(weights: np.ndarray) -> None:
+    if not weights.any():
+        raise ValueError(
+            "x holds no label that the loss counts: there are no replies in it, or no row has two tokens, or "
+            "sequence_length cuts the replies away. With loss_on='all' the preprocessor counts every token; a larger "
+            "sequence_length, or truncate='left', keeps more of the replies."
+        )
 
 
 def prepare_token_ids(x, y=None, sample_weight=None) -> tuple:
@@ -75,24 +121,36 @@ def prepare_token_ids(x, y=None, sample_weight=None) -> tuple:
     Returns:
         `(x, y, sample_weight)` in NumPy, the weights (B, T) or None.
     """
-    x = {name: _to_numpy(value) for name, value in (x if isinstance(x, dict) else {"token_ids": x}).items()}
+    x = {name: to_numpy(value) for name, value in (x if isinstance(x, dict) else {"token_ids": x}).items()}
     token_ids = x["token_ids"]
+    if len(token_ids) == 0:
+        raise ValueError("x holds no training rows; expected at least one.")
     if x.get("padding_mask") is None:
         x["padding_mask"] = np.ones(token_ids.shape, "int32")
     if sample_weight is not None:
         sample_weight = _widen(sample_weight, token_ids.shape)
     if y is not None:
-        return x, _to_numpy(y), sample_weight
+        return x, to_numpy(y), sample_weight
     is_real = np.roll(x["padding_mask"] > 0, -1, axis=1).astype("float32")
     is_real[:, -1] = 0
-    return x, np.roll(token_ids, -1, axis=1), is_real if sample_weight is None else is_real * sample_weight
+    return x, np.roll(token_ids, -1, axis=1), weigh(is_real, sample_weight)
 
 
-def _to_numpy(value):
-    return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
+def to_numpy(value) -> np.ndarray:
+    """Give an array, a nested list, or a tensor of any framework as a NumPy array."""
+    if keras.ops.is_tensor(value):
+        return keras.ops.convert_to_numpy(value)
+    return np.asarray(value.cpu() if hasattr(value, "cpu") else value)  # PyTorch's, under another backend
+
+
+def weigh(label_weights: np.ndarray, sample_weight) -> np.ndarray:
+    """Multiply the weights of labels (B, T) by those of rows (B,) or of labels, or by nothing; float32."""
+    if sample_weight is None:
+        return label_weights.astype("float32")
+    return label_weights * _widen(sample_weight, label_weights.shape)
 
 
 def _widen(weights, shape) -> np.ndarray:
     """Give weights of rows (B,) or of tokens (B, T) as float32 (B, T)."""
-    weights = _to_numpy(weights).astype("float32")
+    weights = to_numpy(weights).astype("float32")
     return np.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, shape)

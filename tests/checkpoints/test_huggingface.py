@@ -522,49 +522,86 @@ def test_the_tokenizers_special_tokens(folder):
 @pytest.mark.parametrize(
     ("settings", "config", "tokens"),
     [
-        (None, {}, ("<s>", "</s>", None)),
-        ({"pad_token": "<unk>"}, {"eos_token_id": [15, 2]}, ("<s>", "b", "<unk>")),
+        (None, {}, (1, 2, None)),
+        ({"pad_token": "<unk>"}, {"eos_token_id": [15, 2]}, (1, 15, "<unk>")),
         ({"bos_token": None, "eos_token": {"content": "a"}}, {}, (None, "a", None)),
         ({}, {"bos_token_id": None, "eos_token_id": None}, (None, None, None)),
+        ({}, {"bos_token_id": ...}, ("auto", 2, None)),
     ],
 )
 def test_special_tokens_fall_back_to_the_configurations_ids(folder, settings, config, tokens):
     (folder / "tokenizer_config.json").unlink()
     if settings is not None:
         write_json(folder / "tokenizer_config.json", settings)
-    change_config(folder, **config)
+    content = {**CONFIG, **config}
+    write_json(folder / "config.json", {name: value for name, value in content.items() if value is not ...})
     found = HuggingFaceCheckpoint(folder).tokenizer_config
     assert (found["start_token"], found["end_token"], found["pad_token"]) == tokens
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+def test_a_vocabulary_without_rules_of_its_own_takes_those_beside_it(folder, name):
+    (folder / "tokenizer.json").rename(folder / name)
+    added = {"16": {"content": "<y>", "special": False}, "15": {"content": "<x>", "special": True, "lstrip": True}}
+    settings = {"legacy": False, "add_prefix_space": True, "added_tokens_decoder": added}
+    write_json(folder / "tokenizer_config.json", settings)
+    assert HuggingFaceCheckpoint(folder).tokenizer_config == {
+        "tokenizer": str(folder / name),
+        "start_token": 1,
+        "end_token": 2,
+        "pad_token": None,
+        "legacy": False,
+        "add_prefix_space": True,
+        "added_tokens": [
+            {"id": 15, "content": "<x>", "special": True, "lstrip": True},
+            {"id": 16, "content": "<y>", "special": False},
+        ],
+    }
+
+
+def test_added_tokens_of_old_directories(folder):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    write_json(folder / "added_tokens.json", {"<pad>": 16, "<x>": 15})
+    found = HuggingFaceCheckpoint(folder).tokenizer_config["added_tokens"]
+    assert found == [{"id": 15, "content": "<x>"}, {"id": 16, "content": "<pad>"}]
+
+
+def test_chat_templates(folder):
+    def found():
+        return HuggingFaceCheckpoint(folder).tokenizer_config.get("chat_template")
+
+    assert found() is None
+    write_json(folder / "tokenizer_config.json", {"chat_template": "a"})
+    assert found() == "a"
+    several = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    write_json(folder / "tokenizer_config.json", {"chat_template": several})
+    assert found() == {"default": "a", "tool_use": "b"}
+    (folder / "chat_template.jinja").write_text("c\n")
+    assert found() == "c\n"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("d")
+    assert found() == {"default": "c\n", "rag": "d"}
 
 
 def test_without_a_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     checkpoint = HuggingFaceCheckpoint(folder)
     assert checkpoint.tokenizer_config is None
-    assert checkpoint.preprocessor_config == {}
 
 
 @pytest.mark.parametrize(
     ("file", "content", "parts"),
     [
-        ("tokenizer.json", TOKENIZER | {"model": {"vocab": {"a": 0, "z": 16}}}, ['"z" = 16', "below 16"]),
-        ("tokenizer.json", TOKENIZER | {"added_tokens": [{"id": 99, "content": "<pad>"}]}, ['"<pad>" = 99']),
-        ("tokenizer.json", TOKENIZER | {"model": {"vocab": {"a": "0"}}}, ['"a"', "integers"]),
-        ("tokenizer.json", TOKENIZER | {"model": {"vocab": {"a": -1}}}, ['"a"', "integers"]),
-        ("tokenizer.json", TOKENIZER | {"model": {}}, ["model.vocab"]),
-        ("tokenizer.json", TOKENIZER | {"model": 3}, ["model.vocab"]),
-        ("tokenizer.json", TOKENIZER | {"added_tokens": [3]}, ["added_tokens"]),
-        ("tokenizer.json", [], ["expected an object"]),
-        ("tokenizer_config.json", {"bos_token": "<bos>"}, ["bos_token", '"<bos>"', "tokenizer.json"]),
         ("tokenizer_config.json", {"pad_token": 3}, ["pad_token = 3"]),
         ("tokenizer_config.json", {"eos_token": {"content": ["a"]}}, ["eos_token"]),
         ("tokenizer_config.json", [], ["expected an object"]),
+        ("tokenizer_config.json", {"chat_template": 3}, ["chat_template = 3"]),
+        ("tokenizer_config.json", {"chat_template": [{"name": "x"}]}, ["chat_template"]),
         ("generation_config.json", {"temperature": -1}, ["temperature = -1"]),
         ("generation_config.json", {"eos_token_id": [2, 16]}, ["eos_token_id = 16", "below 16"]),
         ("generation_config.json", {"eos_token_id": "2"}, ['eos_token_id = "2"']),
         ("config.json", CONFIG | {"eos_token_id": 16}, ["eos_token_id = 16"]),
         ("config.json", CONFIG | {"bos_token_id": -1}, ["bos_token_id = -1"]),
-        ("config.json", CONFIG | {"bos_token_id": 7}, ["bos_token_id = 7", "an id of tokenizer.json"]),
     ],
 )
 def test_faults_of_the_files_beside(folder, file, content, parts):
@@ -574,35 +611,36 @@ def test_faults_of_the_files_beside(folder, file, content, parts):
         HuggingFaceCheckpoint(folder)
 
 
-def test_unigram_vocabularies_are_lists(folder):
-    pieces = [["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], *([f"p{i}", -1.0] for i in range(13))]
-    write_json(folder / "tokenizer.json", {"model": {"type": "Unigram", "vocab": pieces}})
-    assert HuggingFaceCheckpoint(folder).tokenizer_config["start_token"] == "<s>"
-    write_json(folder / "tokenizer.json", {"model": {"type": "Unigram", "vocab": [*pieces, ["last", -1.0]]}})
-    with refuses(CheckpointError, "tokenizer.json", '"last" = 16'):
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"legacy": 1}, "legacy = 1"),
+        ({"add_prefix_space": "no"}, 'add_prefix_space = "no"'),
+        ({"added_tokens_decoder": [3]}, "added tokens = [3]"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "added tokens"),
+        ({"added_tokens_decoder": {"3": {}}}, "added tokens"),
+        ({"added_tokens_decoder": {"-3": {"content": "a"}}}, "added tokens"),
+    ],
+)
+def test_faults_of_the_rules_beside_a_vocabulary(folder, settings, fault):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    write_json(folder / "tokenizer_config.json", settings)
+    with refuses(CheckpointError, str(folder / "tokenizer_config.json"), fault):
         HuggingFaceCheckpoint(folder)
 
 
-def template(token: str) -> dict:
-    pieces = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    return {"type": "Sequence", "processors": [{"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": pieces}]}
-
-
 @pytest.mark.parametrize(
-    ("settings", "post_processor", "expected"),
+    ("settings", "expected"),
     [
-        ({"add_bos_token": False}, template("<s>"), {"add_start_token": False}),
-        ({"add_bos_token": True}, None, {}),
-        ({}, None, {}),
-        ({"tokenizer_class": "GPT2Tokenizer"}, None, {"add_start_token": False}),
-        ({"tokenizer_class": "PreTrainedTokenizerFast"}, template("<s>"), {}),
-        ({"tokenizer_class": "PreTrainedTokenizerFast"}, template("</s>"), {"add_start_token": False}),
-        ({"bos_token": None}, None, {"add_start_token": False}),
-        ({"eos_token": None}, None, {"add_end_token": False}),
+        ({"add_bos_token": False}, {"add_start_token": False}),
+        ({"add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}, {"add_start_token": True}),
+        ({}, {"add_start_token": True}),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, {"add_start_token": True}),
+        ({"tokenizer_class": "GPT2Tokenizer"}, {}),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}),
     ],
 )
-def test_which_tokens_texts_get(folder, settings, post_processor, expected):
-    write_json(folder / "tokenizer.json", TOKENIZER | {"post_processor": post_processor})
+def test_whether_texts_get_a_start_token(folder, settings, expected):
     write_json(folder / "tokenizer_config.json", settings)
     assert HuggingFaceCheckpoint(folder).preprocessor_config == expected
 
@@ -697,7 +735,7 @@ def test_the_story_models(assets, name):
     assert checkpoint.backbone_config["tie_word_embeddings"]
     assert checkpoint.backbone_config["layer_norm_epsilon"] == 1e-5
     assert checkpoint.generation_config == {"stop_token_ids": [1, 2]}
-    assert checkpoint.preprocessor_config == {}
+    assert checkpoint.preprocessor_config == {"add_start_token": True}
     assert checkpoint.tokenizer_config == {
         "tokenizer": str(folder / "tokenizer.json"),
         "start_token": "<s>",

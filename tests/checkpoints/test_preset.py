@@ -190,12 +190,17 @@ def test_gives_the_configs(saved):
         "end_token": "</s>",
         "pad_token": "<unk>",
         "parse_special": True,
+        "legacy": None,
+        "add_prefix_space": None,
+        "chat_template": None,
         "dtype": "int64",
     }
     assert checkpoint.preprocessor_config == {
         "sequence_length": 12,
         "add_start_token": False,
         "add_end_token": False,
+        "loss_on": "auto",
+        "truncate": None,
     }
     assert checkpoint.generation_config == GENERATION
 

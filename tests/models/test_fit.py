@@ -1,11 +1,15 @@
 """`fit`, `evaluate` and `predict` on text and on token ids."""
 
+import copy
+import warnings
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import kllama
+from tests.letters import chat_letters, letters
 
 TEXTS = [
     "Once upon a time there was a fox.",
@@ -13,6 +17,7 @@ TEXTS = [
     "They played in the sun all day long, and then it was night.",
     "The end.",
 ]
+CHAT_OF_A_USER = [{"role": "user", "content": "ab"}]
 
 
 @pytest.fixture
@@ -91,7 +96,7 @@ def test_weights_of_ids(random_model, token_ids, shape):
     """They multiply what counts anyway: padding and the row's end have no next token."""
     model = random_model()
     mask = (np.arange(12) < np.array([[12], [5], [9], [2]])).astype("int32")
-    given = np.array([1.0, 0.0, 2.0, 0.5]) if shape == "rows" else np.random.default_rng(1).random((4, 12))
+    given = np.array([1.0, 0.0, 2.0, 0.5]) if shape == "rows" else np.random.default_rng(1).random((4, 12)) ** 8
     is_real = np.roll(mask, -1, 1).astype("float64")
     is_real[:, -1] = 0
     weights = is_real * (given[:, None] if shape == "rows" else given)
@@ -108,6 +113,188 @@ def test_weights_of_texts(story_model):
     assert weighted == pytest.approx(first, rel=1e-4)
     with pytest.raises(ValueError, match="y must be None with text"):
         story_model.fit(TEXTS, y=TEXTS)
+
+
+PAIRS = {
+    "prompts": ["Once upon a time", "The fox", "They played", ""],
+    "responses": [" there was a fox.", " had a friend.", " in the sun all day long.", "The end."],
+}
+
+
+def test_prompts_with_responses_learn_the_responses(story_model):
+    """The loss is that of the responses' tokens and end tokens, each seen after its prompt."""
+    tokenizer = story_model.preprocessor.tokenizer
+    prompts, responses = (tokenizer.tokenize(PAIRS[name]) for name in ("prompts", "responses"))
+    rows = [[1, *prompt, *response, 2] for prompt, response in zip(prompts, responses, strict=True)]
+    token_ids = np.array([row + [0] * (32 - len(row)) for row in rows], "int32")
+    first = np.array([[len(prompt)] for prompt in prompts])  # the position that predicts the response's first token
+    last = np.array([[len(row) - 2] for row in rows])
+    weights = ((np.arange(32) >= first) & (np.arange(32) <= last)).astype("float64")
+    x = {"token_ids": token_ids, "padding_mask": (token_ids > 0).astype("int32")}
+    expected = expected_loss(story_model, x, np.roll(token_ids, -1, 1), weights)
+    rows = [{"prompt": prompt, "response": response} for prompt, response in zip(*PAIRS.values(), strict=True)]
+    for data in (PAIRS, rows):
+        loss = story_model.evaluate(data, batch_size=4, verbose=0, return_dict=True)["loss"]
+        assert loss == pytest.approx(expected, rel=1e-4)
+    story_model.compile(optimizer=keras.optimizers.Adam(3e-3))
+    history = story_model.fit(rows, epochs=4, validation_data=PAIRS, verbose=0).history
+    assert history["loss"][-1] < 0.9 * history["loss"][0] and len(history["val_loss"]) == 4
+
+
+def test_masked_tokens_have_no_gradient(random_model):
+    """KH-T12: other prompts of the same length change the loss, but nothing is learnt of how to continue them."""
+    model = random_model(num_layers=1, vocabulary_size=5)
+    model.preprocessor = kllama.LlamaCausalLMPreprocessor(letters(), 8)
+    x, labels, weights = (model.preprocessor({"prompts": ["abcab"], "responses": ["c"]})[i] for i in range(3))
+    other = ops.convert_to_numpy(labels).copy()
+    other[0, :5] = 3  # labels of the prompt
+    model.compile(optimizer=keras.optimizers.SGD(1.0))
+    initial, trained = model.get_weights(), []
+    for y in (ops.convert_to_numpy(labels), other):
+        model.set_weights(initial)
+        model.fit(keras.tree.map_structure(ops.convert_to_numpy, x), y, sample_weight=weights, verbose=0)
+        trained.append(model.get_weights())
+    assert all((ours == others).all() for ours, others in zip(*trained, strict=True))
+    assert not all((ours == before).all() for ours, before in zip(trained[0], initial, strict=True))
+
+
+@pytest.fixture(scope="module")
+def compiled_model():
+    """A model of the five letters, with its weights; one for many tests, since tracing takes longest."""
+    arguments = {"vocabulary_size": 5, "num_layers": 1, "num_query_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
+    backbone = kllama.LlamaBackbone(**arguments, num_key_value_heads=1, initializer_range=0.3)
+    model = kllama.LlamaCausalLM(backbone)
+    return model, model.get_weights()
+
+
+@pytest.fixture
+def small_model(compiled_model):
+    """That model as it was, with rows of at most seven."""
+    model, weights = compiled_model
+    model.set_weights(weights)
+    model.preprocessor = kllama.LlamaCausalLMPreprocessor(chat_letters(), 6)
+    return model
+
+
+def test_conversations(small_model):
+    chats = [
+        [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}],
+        [{"role": "user", "content": "b"}, {"role": "assistant", "content": "ba"}],
+    ]
+    token_ids = np.array([[3, 0, 1, 2, 2, 4, 0], [3, 1, 2, 1, 0, 4, 0]])
+    counts = np.array([[0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0]], "float64")
+    x = {"token_ids": token_ids, "padding_mask": np.tile(np.arange(7) < 6, (2, 1))}
+    expected = expected_loss(small_model, x, np.roll(token_ids, -1, 1), counts)
+    for data in ({"messages": chats}, [{"messages": chat} for chat in chats]):
+        loss = small_model.evaluate(data, verbose=0, return_dict=True)["loss"]
+        assert loss == pytest.approx(expected, rel=1e-4)
+    assert np.isfinite(small_model.fit({"messages": chats[0]}, verbose=0).history["loss"][0])
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        [],
+        (),
+        np.array([], "U1"),
+        {"prompts": [], "responses": []},
+        {"messages": []},
+        {"token_ids": np.zeros((0, 5), "int32")},
+    ],
+)
+def test_no_rows(small_model, x):
+    # F1
+    for call in (small_model.fit, small_model.evaluate, small_model.predict):
+        with pytest.raises(ValueError, match="no training rows"):
+            call(x)
+    with pytest.raises(ValueError, match="no training rows"):
+        small_model.fit(["a"], validation_data=x)
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (["a", None], r"texts\[1\] = None"),
+        ([1, "a"], r"texts\[0\] = 1"),
+        (["a", 1.5], r"texts\[1\] = 1.5"),
+        (["a", b"a"], r"texts\[1\] = b'a'"),
+        (np.array(["a", None], object), r"texts\[1\] = None"),
+        (None, "x = None"),
+        ({"text": ["a"]}, r"the keys \['text'\]"),
+        ({"prompts": ["a", None], "responses": ["a", "b"]}, r"prompts\[1\] = None"),
+    ],
+)
+def test_rows_that_are_no_text(small_model, x, message):
+    # F2
+    for call in (small_model.fit, small_model.evaluate, small_model.predict):
+        with pytest.raises(TypeError, match=message):
+            call(x)
+
+
+@pytest.mark.parametrize("truncate, side", [(None, "right"), ("left", "left")])
+def test_rows_that_are_cut_are_reported_once(small_model, truncate, side):
+    # F3
+    small_model.preprocessor = kllama.LlamaCausalLMPreprocessor(letters(), 3, truncate=truncate)
+    message = rf"2 of 4 rows are longer than sequence_length \(3\) and were cut on the {side}; sequence_length="
+    with pytest.warns(UserWarning, match=message) as reports:
+        small_model.fit(["ab", "abc", "", "abcabc"], epochs=2, verbose=0)
+    assert [report.filename for report in reports if "rows are longer" in str(report.message)] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small_model.fit(["ab", "a"], verbose=0)
+
+
+def test_batches_without_labels_that_count(random_model):
+    # F5: the first batch has none, and neither moves the weights nor spoils the loss.
+    model = random_model(num_layers=1, vocabulary_size=5)
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    x = {"token_ids": np.array([[3, 1, 2, 4]] * 4), "padding_mask": np.ones((4, 4), "int32")}
+    weights = np.array([0.0, 0.0, 1.0, 1.0])
+    expected = model.evaluate(x, verbose=0, return_dict=True)["perplexity"]
+    results = model.evaluate(x, sample_weight=weights, batch_size=2, verbose=0, return_dict=True)
+    assert results["perplexity"] == pytest.approx(expected, rel=1e-4) and np.isfinite(results["loss"])
+    before = model.get_weights()
+    history = model.fit(x, sample_weight=0 * weights, batch_size=2, verbose=0).history
+    assert history["loss"] == [0]
+    assert all((now == then).all() for now, then in zip(model.get_weights(), before, strict=True))
+
+
+@pytest.mark.parametrize("x", [{"prompts": ["abcabcabc"] * 2, "responses": ["a", "b"]}, {"messages": CHAT_OF_A_USER}])
+def test_no_label_that_counts_at_all(small_model, x):
+    # F5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call in (small_model.fit, small_model.evaluate):
+            with pytest.raises(ValueError, match="no label that the loss counts.*loss_on='all'"):
+                call(x, verbose=0)
+        small_model.predict(x, verbose=0)
+        small_model.preprocessor = kllama.LlamaCausalLMPreprocessor(chat_letters(), 6, loss_on="all")
+        assert np.isfinite(small_model.fit(x, verbose=0).history["loss"][0])
+
+
+def test_inputs_are_left_alone(small_model):
+    # KH-T9
+    chats = {"messages": [CHAT_OF_A_USER + [{"role": "assistant", "content": "b"}]], "tools": [{"type": "function"}]}
+    for x in ({"prompts": ["a"], "responses": ["b"]}, chats, [{"prompt": "a", "response": "b"}]):
+        before = copy.deepcopy(x)
+        small_model.evaluate(x, verbose=0)
+        assert x == before
+
+
+@pytest.mark.parametrize("form", ["texts", "tuple", "rows", "generator"])
+def test_forms_of_validation_data(small_model, form):
+    rows = ["abc", "cb", "a"]
+    data = {
+        "texts": rows,
+        "tuple": (rows, None, np.ones(3)),
+        "rows": [{"prompt": "", "response": row} for row in rows],
+        "generator": (rows for _ in range(1)),
+    }[form]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = small_model.fit(["abcabc", "ba"], validation_data=data, verbose=0).history
+    expected = small_model.evaluate(rows, verbose=0, return_dict=True)
+    assert history["val_loss"][0] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 def test_kinds_of_ids(random_model, token_ids):

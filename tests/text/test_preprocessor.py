@@ -11,6 +11,7 @@ import pytest
 
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
+from tests.letters import chat_letters, letters
 
 TEXTS = ["hello", "", "the dog is very very very happy", "a\nb"]
 
@@ -25,17 +26,6 @@ def llama3(assets) -> LlamaTokenizer:
     return LlamaTokenizer(
         assets / "tokenizers/llama3_2/tokenizer.json", start_token="<|begin_of_text|>", end_token="<|eot_id|>"
     )
-
-
-def letters(**kwargs) -> LlamaTokenizer:
-    """Tokens a = 0, b = 1, c = 2, <s> = 3, </s> = 4."""
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content = {
-        "added_tokens": [{"id": 3, "content": "<s>", **added}, {"id": 4, "content": "</s>", **added}],
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2}, "merges": []},
-    }
-    return LlamaTokenizer(content, **{"start_token": "<s>", "end_token": "</s>", **kwargs})
 
 
 def to_numpy(outputs):
@@ -88,7 +78,7 @@ class TestAgainstKerasHub:
 
     def test_config_keys(self, pair):
         ours, reference = pair()
-        assert set(ours.get_config()) == set(reference.get_config())
+        assert set(ours.get_config()) == {*reference.get_config(), "loss_on", "truncate"}
         assert ours.get_config()["sequence_length"] == reference.get_config()["sequence_length"] == 1024
 
 
@@ -129,7 +119,141 @@ class TestTraining:
         assert to_numpy(preprocessor.generate_preprocess("a", 2))["token_ids"].tolist() == [3, 0]
 
 
+def ask(text: str, *replies: str) -> list[dict]:
+    """A conversation: the user says one thing, the assistant each of the others."""
+    said = [("user", text), *(("assistant", reply) for reply in replies)]
+    return [{"role": role, "content": content} for role, content in said]
+
+
+PAIRS = {"prompts": ["ab", "", "abca"], "responses": ["c", "ba", "bcab"]}
+CHATS = {"messages": [ask("ab", "c"), ask("", "b", "a")]}
+
+
+class TestReplies:
+    """What is counted of prompts with responses and of conversations, and what a row of them looks like."""
+
+    def rows(self, x, length=8, **options):
+        """The ids of each row, real ones only, and those among them that the loss counts."""
+        inputs, y, weights = to_numpy(LlamaCausalLMPreprocessor(chat_letters(), length, **options)(x))
+        lengths = inputs["padding_mask"].sum(-1)
+        ids = [row[:n].tolist() for row, n in zip(inputs["token_ids"], lengths, strict=True)]
+        return ids, [row[counts].tolist() for row, counts in zip(y, weights.astype(bool), strict=True)]
+
+    def test_prompts_and_responses(self):
+        ids, counted = self.rows(PAIRS)
+        assert ids == [[3, 0, 1, 2, 4], [3, 1, 0, 4], [3, 0, 1, 2, 0, 1, 2, 0]]  # the last one is cut
+        assert counted == [[2, 4], [1, 0, 4], [1, 2, 0, 4]]
+
+    def test_prompts_are_those_that_generation_sees(self, stories):
+        preprocessor = LlamaCausalLMPreprocessor(stories, 40)
+        prompt, response = "Once upon a time", " there was a fox."
+        x, _, weights = to_numpy(preprocessor({"prompts": prompt, "responses": response}))
+        ids = [*preprocessor.prompt_rows(prompt)[0], *stories.tokenize([response])[0], stories.end_token_id]
+        assert x["token_ids"][: x["padding_mask"].sum()].tolist() == ids
+        assert weights.sum() == len(stories.tokenize([response])[0]) + 1
+
+    @pytest.mark.parametrize("start", [True, False])
+    @pytest.mark.parametrize("end", [True, False])
+    def test_boundaries(self, start, end):
+        # KH-T4
+        ids, counted = self.rows(PAIRS, add_start_token=start, add_end_token=end)
+        assert ids[0] == [3] * start + [0, 1, 2] + [4] * end and counted[0] == [2] + [4] * end
+
+    @pytest.mark.parametrize("start", [True, False])
+    def test_conversations_have_one_start_token(self, start):
+        # KH-T4
+        ids, counted = self.rows(CHATS, add_start_token=start)
+        assert ids == [[3, 0, 1, 2, 2, 4], [3, 2, 1, 4, 2, 0, 4]]
+        assert counted == [[2, 4], [1, 4, 0, 4]]
+
+    def test_tools(self):
+        tool = {"type": "function"}
+        for tools, expected in (([tool], [1, 1]), ([[tool, tool], None], [2, 0]), (None, [0, 0])):
+            ids, counted = self.rows({**CHATS, "tools": tools})
+            assert [row.count(0) - n for row, n in zip(ids, [1, 1], strict=True)] == expected
+            assert counted == [[2, 4], [1, 4, 0, 4]]
+
+    @pytest.mark.parametrize("x", [PAIRS, CHATS])
+    def test_loss_on_all(self, x):
+        ids, counted = self.rows(x, length=20, loss_on="all", add_end_token=False)
+        assert counted == [row[1:] for row in ids]
+
+    def test_loss_on_replies(self):
+        assert self.rows(PAIRS, loss_on="replies") == self.rows(PAIRS)
+        with pytest.raises(ValueError, match="loss_on = 'replies' with plain texts"):
+            self.rows(["a"], loss_on="replies")
+
+    @pytest.mark.parametrize("x", [PAIRS, CHATS])
+    def test_single_samples(self, x):
+        preprocessor = LlamaCausalLMPreprocessor(chat_letters(), 8)
+        first = {name: column[0] for name, column in x.items()}
+        batch, single = to_numpy(preprocessor(x)), to_numpy(preprocessor(first))
+        assert_equal(single, keras.tree.map_structure(lambda array: array[0], batch))
+
+    @pytest.mark.parametrize("truncate", ["right", "left", None])
+    def test_rows_that_are_cut(self, truncate):
+        preprocessor = LlamaCausalLMPreprocessor(chat_letters(), 5, truncate=truncate)
+        x, y, weights = to_numpy(preprocessor({**PAIRS, "responses": ["cabc", "ba", "bcab"]}))
+        ids = [[3, 0, 1, 2, 0, 4], [3, 1, 0, 4, 0, 0], [3, 0, 1, 2, 0, 4]]
+        if truncate == "left":
+            ids = [[3, 2, 0, 1, 2, 4], [3, 1, 0, 4, 0, 0], [3, 1, 2, 0, 1, 4]]
+        assert np.hstack([x["token_ids"], y[:, -1:]]).tolist() == ids
+        # Of the last row a cut on the right leaves no response, so that its end is not to be learnt.
+        last = [1, 1, 1, 1, 1] if truncate == "left" else [0, 0, 0, 0, 0]
+        first = [1, 1, 1, 1, 1] if truncate == "left" else [0, 0, 1, 1, 1]
+        assert weights.tolist() == [first, [1, 1, 1, 0, 0], last]
+        assert preprocessor.num_cut_rows == 2
+
+    def test_conversations_that_are_cut(self):
+        chat = {"messages": [ask("ab", "cab")]}  # <s> a b c c a b </s>
+        for truncate, ids in ((None, [3, 0, 1, 2]), ("right", [3, 0, 1, 2]), ("left", [3, 0, 1, 4])):
+            x, y, _ = to_numpy(LlamaCausalLMPreprocessor(chat_letters(), 3, truncate=truncate)(chat))
+            assert [*x["token_ids"][0], y[0, -1]] == ids
+
+    def test_a_conversation_that_is_refused(self):
+        with pytest.raises(ValueError, match="content") as caught:
+            LlamaCausalLMPreprocessor(chat_letters()).call({"messages": [ask("a"), [{"role": "user"}]]})
+        assert caught.value.__notes__ == ["It is conversation 1 of the batch."]
+
+    def test_messages_need_a_template(self):
+        class Other(keras_hub.tokenizers.Tokenizer):
+            start_token_id, end_token_id, pad_token_id = 0, 1, 0
+
+        with pytest.raises(TypeError, match="messages need a LlamaTokenizer"):
+            LlamaCausalLMPreprocessor(Other())(CHATS)
+
+
 class TestGeneration:
+    def test_conversations(self):
+        # KH-T4: one start token, though the preprocessor adds one to texts
+        preprocessor = LlamaCausalLMPreprocessor(chat_letters(), 6)
+        prompt = to_numpy(preprocessor.generate_preprocess({"messages": [ask("ab"), ask("b", "a")]}))
+        assert prompt["token_ids"].tolist() == [[3, 0, 1, 2, 0, 0], [3, 1, 2, 0, 4, 2]]
+        assert prompt["padding_mask"].sum(-1).tolist() == [4, 6]
+        assert preprocessor.generate_preprocess({"messages": ask("ab")})["token_ids"].shape == (6,)
+        with pytest.raises(TypeError, match="expected prompts alone"):
+            preprocessor.generate_preprocess(PAIRS)
+
+    @pytest.mark.parametrize("side, ids", [("right", [3, 0, 1, 2]), ("left", [3, 1, 2, 0])])
+    def test_prompts_that_are_cut(self, side, ids):
+        # One place stays free for a new token.
+        preprocessor = LlamaCausalLMPreprocessor(chat_letters(), 5, truncate=side)
+        prompt = to_numpy(preprocessor.generate_preprocess(["abcabca", "ab"]))
+        assert prompt["token_ids"].tolist() == [[*ids, 0], [3, 0, 1, 0, 0]]
+        assert prompt["padding_mask"].sum(-1).tolist() == [4, 3]
+        chat = to_numpy(preprocessor.generate_preprocess({"messages": ask("abcabca")}))
+        assert chat["token_ids"].tolist() == [3, 0, 1, 2, 0] if side == "right" else [3, 2, 0, 2, 0]
+        preprocessor = LlamaCausalLMPreprocessor(letters(), 5, add_start_token=False, truncate=side)
+        prompt = to_numpy(preprocessor.generate_preprocess("abcabc"))
+        assert prompt["token_ids"].tolist() == ([0, 1, 2, 0, 0] if side == "right" else [2, 0, 1, 2, 0])
+
+    def test_special_tokens_can_be_kept(self):
+        # KH-T8
+        preprocessor = LlamaCausalLMPreprocessor(letters(), 5)
+        prompt = preprocessor.generate_preprocess(["ab", "c"])
+        assert preprocessor.generate_postprocess(prompt) == ["ab", "c"]
+        assert preprocessor.generate_postprocess(prompt, skip_special_tokens=False) == ["<s>ab", "<s>c"]
+
     def test_start_token_is_honoured(self):
         # KH-T4
         preprocessor = LlamaCausalLMPreprocessor(letters(parse_special=True), 5, add_start_token=False)
@@ -209,6 +333,11 @@ class TestArguments:
         with pytest.raises(error, match="sequence_length = "):
             preprocessor.sequence_length = value
 
+    @pytest.mark.parametrize("name, value", [("loss_on", "prompts"), ("loss_on", None), ("truncate", "middle")])
+    def test_choices(self, name, value):
+        with pytest.raises(ValueError, match=f"{name} = {value!r}; expected one of"):
+            LlamaCausalLMPreprocessor(letters(), **{name: value})
+
     def test_sequence_length_can_be_set(self):
         preprocessor = LlamaCausalLMPreprocessor(letters(), sequence_length=4)
         preprocessor("a")
@@ -245,6 +374,8 @@ class TestSaving:
         "sequence_length": 7,
         "add_start_token": False,
         "add_end_token": False,
+        "loss_on": "all",
+        "truncate": "left",
         "name": "other",
         "dtype": "float16",
         "trainable": False,
@@ -283,6 +414,16 @@ class TestSaving:
         assert LlamaCausalLMPreprocessor.tokenizer_cls is LlamaTokenizer
 
 
+def chat_columns(tf, chats: dict) -> dict:
+    """Give conversations as string tensors, ragged unless all have the same number of turns."""
+    columns = {
+        name: tf.ragged.constant([[turn[name] for turn in chat] for chat in chats["messages"]])
+        for name in ("role", "content")
+    }
+    is_even = len({len(chat) for chat in chats["messages"]}) == 1
+    return {"messages": {name: column.to_tensor() if is_even else column for name, column in columns.items()}}
+
+
 class TestTensorFlowGraph:
     @pytest.fixture
     def tf(self):
@@ -313,6 +454,34 @@ class TestTensorFlowGraph:
         prompt = next(iter(dataset))
         assert prompt["token_ids"].numpy().tolist() == expected["token_ids"].tolist()
         assert preprocessor.generate_postprocess(prompt) == "hello"
+
+    @pytest.mark.parametrize("batched", [True, False])
+    @pytest.mark.parametrize("x", [PAIRS, CHATS, {"messages": [ask("ab", "c"), ask("b", "a")]}])
+    def test_replies(self, tf, x, batched):
+        # KH-T2
+        preprocessor = LlamaCausalLMPreprocessor(chat_letters(), 8)
+        columns = {name: tf.constant(column) for name, column in x.items()} if x is PAIRS else chat_columns(tf, x)
+        dataset = tf.data.Dataset.from_tensor_slices(columns)
+        num_rows = len(next(iter(x.values())))
+        dataset = dataset.batch(num_rows).map(preprocessor) if batched else dataset.map(preprocessor).batch(num_rows)
+        outputs, expected = next(iter(dataset)), to_numpy(preprocessor(x))
+        for output, other in zip(keras.tree.flatten(outputs), keras.tree.flatten(expected), strict=True):
+            assert output.numpy().tolist() == other.tolist()
+        assert_equal(to_numpy(preprocessor(columns)), expected)  # outside of a graph they may be tensors too
+
+    def test_static_shapes_of_replies(self, tf):
+        preprocessor = LlamaCausalLMPreprocessor(chat_letters(), 8)
+        rows = tf.data.Dataset.from_tensor_slices(chat_columns(tf, CHATS))
+        for dataset, shape in ((rows, (8,)), (rows.batch(2), (None, 8))):
+            mask = tf.TensorSpec(shape, "bool")
+            assert dataset.map(preprocessor).element_spec[2] == mask
+
+    def test_conversations_to_continue(self, tf):
+        preprocessor = LlamaCausalLMPreprocessor(chat_letters(), 8)
+        dataset = tf.data.Dataset.from_tensor_slices(chat_columns(tf, CHATS)).batch(2)
+        prompt = next(iter(dataset.map(preprocessor.generate_preprocess)))
+        expected = to_numpy(preprocessor.generate_preprocess(CHATS))
+        assert prompt["token_ids"].numpy().tolist() == expected["token_ids"].tolist()
 
     def test_the_message_of_an_error_arrives(self, tf, stories):
         preprocessor = LlamaCausalLMPreprocessor(stories, 2)

@@ -1,105 +1,91 @@
-"""Open a `tokenizer.json`: a bounded read, a strict parse, and ids that are the file's own.
+"""Open a `tokenizer.json`: a strict parse, patterns that end, and ids that are the file's own.
 
 Everything that can be wrong with the file is a `CheckpointError` here, so that the tokenizer can trust what it gets. It
-encodes nothing itself. `LlamaTokenizer` calls it.
+encodes nothing itself. `recognise.py` calls it.
 """
 
-import contextlib
 import json
-import os
-import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import tokenizers
 
-from kllama.errors import CheckpointError, MissingFileError
+from kllama.checkpoints.reader import shown
+from kllama.errors import CheckpointError, UnsupportedError
+from kllama.text.formats.opened import MAX_BYTES, MAX_VOCABULARY_SIZE, OpenedVocabulary
+from kllama.text.formats.options import with_options
+from kllama.text.formats.patterns import check_patterns
+from kllama.text.formats.rules import flat, read_rules, replace, rust_errors
+from kllama.text.formats.splits import word_splits
 
-MAX_BYTES = 64 * 2**20
-# Ids may have holes, and a vocabulary has an entry for each: a bound keeps one large id from filling the memory.
-MAX_VOCABULARY_SIZE = 2**22
+SPACE, MARK = {"String": " "}, "\u2581"
 
 
-def open_tokenizer(source: str | os.PathLike | Mapping | tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return a tokenizer of our own for whatever describes one.
+def open_json(
+    source: str | Mapping | tokenizers.Tokenizer,
+    legacy: bool | None = None,
+    add_prefix_space: bool | None = None,
+    name: str = "tokenizer",
+) -> OpenedVocabulary:
+    """Return the vocabulary of a `tokenizer.json`.
 
     Args:
-        source: path of a `tokenizer.json`, its text (recognised by the opening brace), its parsed dict, or a
-            `tokenizers.Tokenizer`, which is copied.
+        source: its text, its parsed dict, or a `tokenizers.Tokenizer`, which is copied.
+        legacy: `None` is what the file says; see `options.py`.
+        add_prefix_space: the same.
+        name: the file, for messages.
 
     Raises:
-        TypeError: `source` is something else.
-        MissingFileError: there is no file at the path.
         CheckpointError: too large, not JSON, not a tokenizer, or its ids are not one to a token.
+        UnsupportedError: one of its patterns could run without end, or it begins texts with more than one token.
+        ValueError: the file has no rule that an option could change.
     """
-    if isinstance(source, tokenizers.Tokenizer):
-        with rust_errors("tokenizer: this tokenizers.Tokenizer cannot be written as JSON"):
-            return _parse(source.to_str(), "tokenizer")
-    if isinstance(source, Mapping):
-        return _parse(_dump(source), "tokenizer")
-    if isinstance(source, str) and source.lstrip().startswith("{"):
-        return _parse(source, "tokenizer")
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        return _parse(_read(path), path)
-    raise TypeError(
-        f"tokenizer = {reprlib.repr(source)}; expected a path, JSON text, a dict or a tokenizers.Tokenizer, "
-        f"received {type(source).__name__}."
-    )
+    text = _as_text(source)
+    content = parse_object(text, name)
+    with rust_errors(f"{name}: not a valid tokenizer.json"):
+        encoder = tokenizers.Tokenizer.from_str(text)
+        rules = read_rules(encoder)
+    check_patterns(rules, name)
+    changed = with_options(rules, legacy, add_prefix_space, name)
+    if changed is not rules:
+        with rust_errors(f"{name}: not a valid tokenizer.json"):
+            encoder = tokenizers.Tokenizer.from_str(json.dumps({**content, **changed}))
+    _split_words(encoder, changed, content["model"])
+    # Settings of a call that happen to be saved with the rules. Cutting text is not a rule.
+    encoder.no_truncation()
+    encoder.no_padding()
+    _check_ids(encoder, content, name)
+    _check_merges(content, name)
+    start_token, adds_start_token = _start(rules["post_processor"], encoder, name)
+    return OpenedVocabulary(encoder, start_token, None, adds_start_token)
 
 
-@contextlib.contextmanager
-def rust_errors(failure: str) -> Iterator[None]:
-    """Turn whatever the Rust library raises into a `CheckpointError`.
+def parse_object(text: str, name: str) -> dict:
+    """Return a JSON object, no key of which stands twice.
 
-    Arguments are checked before they get there, so a failure is the fault of the file. A panic derives from
-    `BaseException`, and its class cannot be imported.
-
-    Args:
-        failure: the file and what could not be done; the library's message follows.
+    Raises:
+        CheckpointError: too large, not JSON, or not an object.
     """
-    try:
-        yield
-    except (CheckpointError, MemoryError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{failure}: {error}") from error
-
-
-def _dump(content: Mapping) -> str:
-    try:
-        return json.dumps(content, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"tokenizer: {error}; expected the dict of a tokenizer.json.") from error
-
-
-def _read(path: str) -> str:
-    if not os.path.isfile(path):
-        raise MissingFileError(f"{reprlib.repr(path)}: not a file; expected the path of a tokenizer.json.", path)
-    with open(path, "rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: {error}; expected UTF-8 JSON.") from error
-
-
-def _parse(text: str, source: str) -> tokenizers.Tokenizer:
     if len(text) > MAX_BYTES:
-        raise CheckpointError(f"{source}: size = more than {MAX_BYTES} bytes; expected at most that.")
+        raise CheckpointError(f"{name}: size = more than {MAX_BYTES} bytes; expected at most that.")
     try:
         content = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source}: {error}; expected the JSON of a tokenizer.json.") from error
-    with rust_errors(f"{source}: not a valid tokenizer.json"):
-        encoder = tokenizers.Tokenizer.from_str(text)
-        # Settings of a call that happen to be saved with the rules. Cutting text is not a rule.
-        encoder.no_truncation()
-        encoder.no_padding()
-    _check_ids(encoder, content, source)
-    _check_merges(content, source)
-    return encoder
+        raise CheckpointError(f"{name}: {error}; expected the JSON of a tokenizer.json.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name}: top level = {shown(content)}; expected an object.")
+    return content
+
+
+def _as_text(source: str | Mapping | tokenizers.Tokenizer) -> str:
+    if isinstance(source, str):
+        return source
+    if isinstance(source, tokenizers.Tokenizer):
+        with rust_errors("tokenizer: this tokenizers.Tokenizer cannot be written as JSON"):
+            return source.to_str()
+    try:
+        return json.dumps(source, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"tokenizer: {error}; expected the dict of a tokenizer.json.") from error
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -111,28 +97,67 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     return content
 
 
-def _check_ids(encoder: tokenizers.Tokenizer, content: dict, source: str) -> None:
+def _split_words(encoder: tokenizers.Tokenizer, rules: dict, model: dict) -> None:
+    """Give the rules of SentencePiece that split nothing their split at word starts: the same ids, much sooner."""
+    marks = [part["content"] for part in flat(rules["normalizer"], "normalizers") if part == replace(SPACE, MARK)]
+    plain = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if marks and rules["pre_tokenizer"] is None and model["type"] == "BPE" and not any(map(model.get, plain)):
+        for part in word_splits(MARK, model["vocab"], bool(model.get("byte_fallback"))):
+            pattern = tokenizers.Regex(part["pattern"]["Regex"])
+            encoder.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "merged_with_next")
+
+
+def _check_ids(encoder: tokenizers.Tokenizer, content: dict, name: str) -> None:
     tokens = {}
     for token, token_id in encoder.get_vocab().items():
         if token_id >= MAX_VOCABULARY_SIZE:
-            raise CheckpointError(f"{source}: id of {token!r} = {token_id}; expected less than {MAX_VOCABULARY_SIZE}.")
+            raise CheckpointError(f"{name}: id of {token!r} = {token_id}; expected less than {MAX_VOCABULARY_SIZE}.")
         if (other := tokens.setdefault(token_id, token)) != token:
-            raise CheckpointError(f"{source}: id of {token!r} = {token_id}; expected an id other than {other!r} has.")
+            raise CheckpointError(f"{name}: id of {token!r} = {token_id}; expected an id other than {other!r} has.")
     if not tokens:
-        raise CheckpointError(f"{source}: number of tokens = 0; expected at least 1.")
+        raise CheckpointError(f"{name}: number of tokens = 0; expected at least 1.")
     for added in content.get("added_tokens") or ():
         # The library numbers added tokens itself, and only logs a warning where the file says otherwise.
         if (token_id := encoder.token_to_id(added["content"])) != added["id"]:
             raise CheckpointError(
-                f"{source}: added_tokens: id of {added['content']!r} = {added['id']}; expected {token_id}: the id in "
+                f"{name}: added_tokens: id of {added['content']!r} = {added['id']}; expected {token_id}: the id in "
                 "model.vocab, else the next free one."
             )
 
 
-def _check_merges(content: dict, source: str) -> None:
+def _check_merges(content: dict, name: str) -> None:
     seen = set()
     for merge in content["model"].get("merges") or ():
         pair = merge if isinstance(merge, str) else " ".join(merge)
         if pair in seen:
-            raise CheckpointError(f"{source}: model.merges has {pair!r} twice; expected each pair once.")
+            raise CheckpointError(f"{name}: model.merges has {pair!r} twice; expected each pair once.")
         seen.add(pair)
+
+
+def _start(post_processor: dict | None, encoder: tokenizers.Tokenizer, name: str) -> tuple[str | None, bool | None]:
+    """Return the token that the post-processor puts before a text, and whether it puts one; `None` if it is silent."""
+    beginnings = [_beginning(part) for part in flat(post_processor, "processors")]
+    beginnings = [beginning for beginning in beginnings if beginning is not None]
+    if not beginnings:
+        return None, None
+    tokens = [token for beginning in beginnings for token in beginning]
+    if len(tokens) > 1:
+        raise UnsupportedError(f"{name}: post_processor begins texts with {shown(tokens)}; expected one token at most.")
+    for token in tokens:
+        if encoder.token_to_id(token) is None:
+            raise CheckpointError(f"{name}: post_processor begins texts with {shown(token)}; expected a known token.")
+    return (tokens[0], True) if tokens else (None, False)
+
+
+def _beginning(part: dict) -> list[str] | None:
+    """Return the tokens that a post-processor puts before a single text, `None` for one that never adds any."""
+    if part["type"] in ("BertProcessing", "RobertaProcessing"):
+        return [part["cls"][0]]
+    if part["type"] != "TemplateProcessing":
+        return None
+    tokens = []
+    for piece in part["single"]:
+        if "SpecialToken" not in piece:
+            break
+        tokens += part["special_tokens"][piece["SpecialToken"]["id"]]["tokens"]
+    return tokens

@@ -19,7 +19,6 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import numpy as np
-import tokenizers
 
 import kllama
 
@@ -51,7 +50,7 @@ def main() -> None:
     keras.utils.set_random_seed(1)
     stories = read_stories(arguments.text)
     held_out, training = stories[::20], [story for i, story in enumerate(stories) if i % 20]
-    tokenizer = kllama.LlamaTokenizer(train_tokenizer(training), start_token="<s>", end_token="</s>")
+    tokenizer = kllama.LlamaTokenizer.train(training, 2048, pattern="gpt2")
     preprocessor = kllama.LlamaCausalLMPreprocessor(tokenizer, sequence_length=SEQUENCE_LENGTH)
     model = kllama.LlamaCausalLM(build_backbone(tokenizer.vocabulary_size()), preprocessor)
     print(f"{len(training)} stories to train on, {len(held_out)} held out, {model.count_params():,} parameters")
@@ -68,21 +67,6 @@ def read_stories(path: Path) -> list[str]:
     for wrong, right in QUOTATION_MARKS:
         text = text.replace(wrong, right)
     return [story.strip() for story in re.split(r"(?<!\n)\n(?!\n)", text) if story.strip()]
-
-
-def train_tokenizer(stories: list[str]) -> tokenizers.Tokenizer:
-    """Learn a byte-level BPE of 2,048 tokens, the start and end tokens among them."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(stories, trainer)
-    return tokenizer
 
 
 def build_backbone(vocabulary_size: int) -> kllama.LlamaBackbone:

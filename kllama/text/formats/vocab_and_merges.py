@@ -1,0 +1,157 @@
+"""Read a `vocab.json` with its `merges.txt`: GPT-2, Qwen2, and the tokenizer assets of KerasHub.
+
+The two files do not say how a text is split. A `tokenizer_config.json` beside them may name the class, KerasHub's
+Llama 3 is known by its special tokens, and any other pair is GPT-2's. `recognise.py` calls it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import models
+
+from kllama.checkpoints.reader import JSON_LIMIT, read_json, shown
+from kllama.errors import CheckpointError, UnsupportedError
+from kllama.text.formats.opened import MAX_VOCABULARY_SIZE, OpenedVocabulary
+from kllama.text.formats.options import with_options
+from kllama.text.formats.patterns import LLAMA3, QWEN2
+from kllama.text.formats.rules import build_encoder, byte_level, rust_errors, sequence, split, start_template
+
+END = "<|endoftext|>"
+LLAMA3_START, LLAMA3_END = "<|begin_of_text|>", "<|end_of_text|>"
+_LLAMA3_SPECIAL = re.compile(r"<\|[^|]+\|>")
+
+
+class _Scheme(NamedTuple):
+    """What the two files leave out."""
+
+    rules: dict
+    special: list[str]
+    ignore_merges: bool
+    start_token: str | None
+    end_token: str | None
+
+
+def open_vocab_and_merges(
+    vocab: Mapping[str, object],
+    merges: str,
+    path: Path,
+    legacy: bool | None = None,
+    add_prefix_space: bool | None = None,
+) -> OpenedVocabulary:
+    """Return a byte-level vocabulary.
+
+    Args:
+        vocab: ids by token, as parsed from the JSON.
+        merges: the text of the merges, one pair a line; the first line may be a header.
+        path: the JSON file, for messages; `merges.txt` and `tokenizer_config.json` lie beside it.
+        legacy: must be `None`; see `options.py`.
+        add_prefix_space: whether a text gets a space before it, `None` for the class's own rule: no.
+
+    Raises:
+        CheckpointError: ids that are not one to a token, or a merge that cannot be; the message has the line.
+        UnsupportedError: `tokenizer_config.json` names a class that is not known here.
+    """
+    _check_ids(vocab, path)
+    pairs = _read_merges(merges, vocab, path.with_name("merges.txt"))
+    scheme = _scheme(vocab, path)
+    rules = with_options(scheme.rules, legacy, add_prefix_space, path)
+    with rust_errors(f"{path}: not a byte-pair vocabulary"):
+        model = models.BPE(vocab=dict(vocab), merges=pairs, ignore_merges=scheme.ignore_merges)
+        encoder = build_encoder(model, rules, scheme.special)
+    _add_tokens(encoder, path.with_name("tokenizer_config.json"))
+    return OpenedVocabulary(encoder, scheme.start_token, scheme.end_token, scheme.start_token is not None)
+
+
+def _check_ids(vocab: Mapping[str, object], path: Path) -> None:
+    tokens = {}
+    for token, token_id in vocab.items():
+        if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY_SIZE:
+            raise CheckpointError(
+                f"{path}: id of {shown(token)} = {shown(token_id)}; expected an integer from 0 to "
+                f"{MAX_VOCABULARY_SIZE - 1}."
+            )
+        if (other := tokens.setdefault(token_id, token)) != token:
+            raise CheckpointError(f"{path}: id of {shown(token)} = {token_id}; expected other than {shown(other)} has.")
+    if not tokens:
+        raise CheckpointError(f"{path}: number of tokens = 0; expected at least 1.")
+
+
+def _read_merges(text: str, vocab: Mapping[str, object], path: Path) -> list[tuple[str, str]]:
+    pairs = {}
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
+        if (number == 1 and line.startswith("#version")) or (number == len(lines) and not line):
+            continue
+        pair = tuple(line.split(" "))
+        if len(pair) != 2 or not all(pair):
+            raise CheckpointError(f"{path}: line {number}: {shown(line)}; expected two tokens with a space between.")
+        for token in (*pair, "".join(pair)):
+            if token not in vocab:
+                raise CheckpointError(f"{path}: line {number}: {shown(token)}; expected a token of the vocabulary.")
+        if pair in pairs:
+            raise CheckpointError(
+                f"{path}: line {number}: {shown(line)}; expected another pair than line {pairs[pair]}."
+            )
+        pairs[pair] = number
+    return list(pairs)
+
+
+def _scheme(vocab: Mapping[str, int], path: Path) -> _Scheme:
+    name = _settings(path.with_name("tokenizer_config.json")).get("tokenizer_class")
+    if name in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
+        special = [END] if END in vocab else []
+        rules = _rules([split(QWEN2), byte_level()], {"type": "NFC"})
+        return _Scheme(rules, special, False, None, END if special else None)
+    if name not in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
+        raise UnsupportedError(
+            f"{path.with_name('tokenizer_config.json')}: tokenizer_class = {shown(name)}; expected GPT2Tokenizer or "
+            "Qwen2Tokenizer, as the files do not say how other classes split a text. Use the tokenizer.json instead."
+        )
+    if name is None and LLAMA3_START in vocab:
+        special = sorted(filter(_LLAMA3_SPECIAL.fullmatch, vocab), key=vocab.__getitem__)
+        rules = _rules([split(LLAMA3), byte_level()])
+        template = start_template(LLAMA3_START, vocab[LLAMA3_START])
+        rules["post_processor"] = sequence([byte_level(trim_offsets=False), template], "processors")
+        return _Scheme(rules, special, True, LLAMA3_START, LLAMA3_END if LLAMA3_END in vocab else None)
+    rules = _rules([byte_level(use_regex=True)])
+    return _Scheme(rules, [END] if END in vocab else [], False, None, END if END in vocab else None)
+
+
+def _rules(pre_tokenizers: list[dict], normalizer: dict | None = None) -> dict:
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": sequence(pre_tokenizers, "pretokenizers"),
+        "decoder": byte_level(),
+        "post_processor": byte_level(trim_offsets=False),
+    }
+
+
+def _settings(path: Path) -> dict:
+    return read_json(path, JSON_LIMIT) if path.exists() else {}
+
+
+def _add_tokens(encoder: tokenizers.Tokenizer, path: Path) -> None:
+    """Add the tokens that `tokenizer_config.json` lists with their ids."""
+    listed = _settings(path).get("added_tokens_decoder", {})
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    try:
+        tokens = {int(token_id): dict(token) for token_id, token in listed.items()}
+        added = [
+            tokenizers.AddedToken(tokens[token_id]["content"], **{name: bool(tokens[token_id][name]) for name in flags})
+            for token_id in sorted(tokens)
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: added_tokens_decoder = {shown(listed)}; expected objects of content, {', '.join(flags)} by id."
+        ) from error
+    encoder.add_tokens(added)
+    for token_id, token in zip(sorted(tokens), added, strict=True):
+        if (received := encoder.token_to_id(token.content)) != token_id:
+            raise CheckpointError(
+                f"{path}: id of {shown(token.content)} = {token_id}; expected {received}: the id in the vocabulary, "
+                "else the next free one."
+            )
