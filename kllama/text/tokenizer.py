@@ -30,6 +30,14 @@ from kllama.text.vocabulary import Vocabulary
 ASSET = "tokenizer.json"
 
 
+class _OfTheClass(classmethod):
+    """A class method whose name means on instances what it means in their bases: a module of PyTorch has a `train`."""
+
+    def __get__(self, instance, owner=None):
+        inherited = None if instance is None else getattr(super(LlamaTokenizer, instance), "train", None)
+        return super().__get__(None, owner) if inherited is None else inherited
+
+
 @keras.saving.register_keras_serializable(package="kllama")
 class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
     """Split text into the token ids of a Llama checkpoint, and join ids into text.
@@ -116,7 +124,7 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         if tokenizer is not None:
             self._set_vocabulary(tokenizer)
 
-    @classmethod
+    @_OfTheClass
     def train(
         cls,
         texts: Iterable[str],

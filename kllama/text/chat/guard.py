@@ -20,6 +20,8 @@ from jinja2.utils import Namespace
 from kllama.text.chat.marks import unescape_marks
 
 SECONDS = 0.5
+# What one step can add to that. A step is short by the other limits: what takes longer is Python collecting garbage.
+STEP_SECONDS = 0.02
 MAX_STEPS = 250_000
 MAX_CALL_DEPTH = 40
 MAX_INT_BITS = 64
@@ -71,6 +73,27 @@ class GuardedNamespace(Namespace):
         super().__setitem__(name, value)
 
 
+class Clock:
+    """The processor time of this thread, looked at step by step.
+
+    Args:
+        seconds: float. How much of it there is.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._left = seconds
+        self._last = time.thread_time()
+
+    def check(self) -> None:
+        """Count the time since the last look, and raise `TooExpensive` if there is none left."""
+        now = time.thread_time()
+        self._left -= min(now - self._last, STEP_SECONDS)
+        self._last = now
+        if self._left < 0:
+            raise TooExpensive(f"more than {self._seconds} s of processor time")
+
+
 class Guard:
     """The account of one rendering.
 
@@ -86,7 +109,7 @@ class Guard:
         self.steps_left = MAX_STEPS
         self.made_left = MAX_MADE * self.max_size
         self.written_left = MAX_WRITTEN * self.max_size
-        self.deadline = time.thread_time() + SECONDS
+        self._clock = Clock(SECONDS)
         self.call_depth = 0
         self.context: Context | None = None  # set by the sandbox; filters such as map() look up other filters in it
         self._sizes: dict[int, tuple[object, int]] = {}  # by identity, with the value so that it stays alive
@@ -98,8 +121,7 @@ class Guard:
         self.steps_left -= 1
         if self.steps_left < 0:
             raise TooExpensive(f"more than {MAX_STEPS} operations")
-        if time.thread_time() > self.deadline:
-            raise TooExpensive(f"more than {SECONDS} s of processor time")
+        self._clock.check()
 
     def reserve(self, size: int) -> None:
         """Count one operation that makes a value of a size that is known beforehand."""

@@ -8,7 +8,6 @@ is allowed. `chat` calls this module; it knows nothing of messages.
 
 import contextlib
 import datetime
-import time
 import types
 from collections.abc import Iterator, Mapping
 
@@ -20,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kllama.errors import CheckpointError
 from kllama.text.chat.guard import (
+    Clock,
     Guard,
     GuardedNamespace,
     Refused,
@@ -208,9 +208,10 @@ class _TokenLimit(Extension):
     """Stop a template that is too long to compile in little time."""
 
     def filter_stream(self, stream):
-        deadline = time.thread_time() + COMPILE_SECONDS
+        clock = Clock(COMPILE_SECONDS)
         for count, token in enumerate(stream):
-            if count > MAX_TOKENS or time.thread_time() > deadline:
+            clock.check()
+            if count > MAX_TOKENS:
                 raise TooExpensive(f"more than {MAX_TOKENS} tokens in the template")
             yield token
 

@@ -156,14 +156,14 @@ def time_to_refusal(source: str) -> tuple[float, str]:
 def test_expensive_templates_are_refused(source):
     seconds, message = time_to_refusal(source)
     assert "expensive" in message or "expected at most" in message
-    assert seconds < 1
+    assert seconds < 3  # under one in a process that has no garbage to collect meanwhile
 
 
 @pytest.mark.parametrize("source", REFUSED.values(), ids=REFUSED)
 def test_what_templates_may_not_do(source):
     seconds, message = time_to_refusal(source)
     assert message.startswith("chat template")
-    assert seconds < 1
+    assert seconds < 3  # under one in a process that has no garbage to collect meanwhile
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,18 @@ def test_all_values_together_are_bounded(monkeypatch):
 def test_a_fault_of_the_time_limit(monkeypatch):
     monkeypatch.setattr(guard, "SECONDS", 0)
     assert "0 s of processor time" in time_to_refusal("{{ messages }}")[1]
+
+
+def test_a_pause_for_garbage_is_not_the_templates_fault(monkeypatch):
+    clock = guard.Clock(0.5)
+    times = iter([0.7, 1.4, 1.5])  # seconds of processor time at each look
+    monkeypatch.setattr(guard.time, "thread_time", lambda: next(times))
+    clock.check()
+    clock.check()
+    monkeypatch.setattr(guard, "STEP_SECONDS", 1)
+    clock._left = 0.05
+    with pytest.raises(guard.TooExpensive):
+        clock.check()
 
 
 def test_a_template_that_is_slow_to_compile(monkeypatch):

@@ -65,7 +65,7 @@ def test_hostile(pattern):
         check_patterns({"pre_tokenizer": {"pretokenizers": [split(pattern)]}}, "file")
 
 
-@pytest.mark.parametrize("pattern", [*KNOWN, *HARMLESS])
+@pytest.mark.parametrize("pattern", [*sorted(KNOWN), *HARMLESS])
 def test_harmless(pattern):
     check_patterns([split(pattern)], "file")
     tokenizers.Regex(pattern)
