@@ -1,5 +1,7 @@
 """The primitives on JAX."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -16,6 +18,7 @@ __all__ = [
     "cos",
     "einsum",
     "fused_attention",
+    "keep_variables",
     "matmul_float32",
     "maximum",
     "reduce_max",
@@ -120,3 +123,20 @@ def compile_function(function, variables, *, is_eager: bool = False, jit_compile
 def synchronize(model) -> None:
     """Give the variables of a model that is being trained their current values, which Keras holds elsewhere."""
     model.jax_state_sync()
+
+
+@contextlib.contextmanager
+def keep_variables(model):
+    """Give a compiled model its variables back if what runs inside fails: Keras takes them away meanwhile."""
+    optimizer = model.optimizer
+    before = [(variable, variable._value) for variable in (*model.variables, *getattr(optimizer, "variables", ()))]
+    try:
+        yield
+    except BaseException:
+        model.jax_state_sync()  # what the steps so far have made of them
+        for variable, value in before:
+            if variable._value is None:
+                variable._value = value
+        if optimizer is not None and any(variable._value is None for variable in optimizer.variables):
+            model.optimizer = type(optimizer).from_config(optimizer.get_config())  # it had no values before
+        raise

@@ -112,11 +112,11 @@ def next_token_labels(x, sample_weight=None):
     token_ids = x["token_ids"]
     if x.get("padding_mask") is None:
         x["padding_mask"] = tf.ones_like(token_ids, "int32")
-    is_real = tf.cast(x["padding_mask"][:, 1:], "float32")
-    is_real = tf.pad(is_real, [[0, 0], [0, 1]])
+    is_real = tf.cast(x["padding_mask"], "float32")
+    predicts = tf.pad(is_real[:, :-1] * is_real[:, 1:], [[0, 0], [0, 1]])
     if sample_weight is not None:
-        is_real = weigh_rows(is_real, sample_weight)
-    return x, tf.roll(token_ids, -1, axis=1), is_real
+        predicts = weigh_rows(predicts, sample_weight)
+    return x, tf.roll(token_ids, -1, axis=1), predicts
 
 
 def weigh_rows(label_weights, sample_weight):
@@ -127,7 +127,10 @@ def weigh_rows(label_weights, sample_weight):
 
 def map_batches(dataset, prepare: Callable):
     """Prepare the batches of a `tf.data.Dataset` as it is read, several at a time and ahead of the training."""
-    return dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    prepared = dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
+    if prepared.element_spec[0]["token_ids"].shape.rank == 1:
+        raise ValueError("x gives single samples; expected batches of them. Call batch() on the dataset.")
+    return prepared.prefetch(tf.data.AUTOTUNE)
 
 
 def dataset_of(batches: Callable):

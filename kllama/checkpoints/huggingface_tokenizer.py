@@ -1,13 +1,14 @@
 """The tokenizer files of a Hugging Face directory, beside the vocabulary itself: what they say about it.
 
-`tokenizer_config.json`, `added_tokens.json` and the chat templates become arguments of kllama's tokenizer and
-preprocessor; the file with the vocabulary is found and not opened. Builds neither. Called by
+`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and the chat templates become arguments of
+kllama's tokenizer and preprocessor; the file with the vocabulary is found and not opened. Builds neither. Called by
 `checkpoints/huggingface.py`.
 """
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from kllama.checkpoints.config import token_ids
 from kllama.checkpoints.reader import read_json, read_text, shown
@@ -16,10 +17,27 @@ from kllama.errors import CheckpointError, MissingFileError
 # In the order in which they count: what transformers wrote for its fast tokenizers holds all rules, the others do not.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SETTINGS = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_CHAT_TEMPLATES = "additional_chat_templates"
 CHAT_TEMPLATE_LIMIT = 2**20
+# The names of special tokens, and of lists of them.
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LISTED = ("additional_special_tokens", "extra_special_tokens")
+FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+
+
+class AddedTokens(NamedTuple):
+    """Tokens that a directory adds to the vocabulary.
+
+    Attributes:
+        source: the file that lists them, for messages.
+        tokens: in the order of their ids, dicts of `"id"`, `"content"` and those of the `FLAGS` that are known.
+    """
+
+    source: Path
+    tokens: list[dict]
 
 
 class HuggingFaceTokenizer:
@@ -51,8 +69,8 @@ class HuggingFaceTokenizer:
 def tokenizer_config(directory: Path, names: Iterable[str], settings: dict, config: dict) -> dict | None:
     """Say with which arguments a `LlamaTokenizer` does what the files say; None without a vocabulary.
 
-    Special tokens are as `tokenizer_config.json` names them, else by the ids in `config.json`, else "auto": the
-    vocabulary's own.
+    Special tokens are as `tokenizer_config.json` names them, else `special_tokens_map.json`, else by the ids in
+    `config.json`, else "auto": the vocabulary's own.
 
     Args:
         directory: the directory.
@@ -64,15 +82,22 @@ def tokenizer_config(directory: Path, names: Iterable[str], settings: dict, conf
     if not found:
         return None
     source = directory / SETTINGS
+    files = {source: settings}
+    if SPECIAL_TOKENS in names:
+        files[directory / SPECIAL_TOKENS] = read_json(directory / SPECIAL_TOKENS)
     arguments = {
         "tokenizer": str(directory / found[0]),
-        "start_token": _token(settings, "bos_token", source, _token_id(config, "bos_token_id", directory)),
-        "end_token": _token(settings, "eos_token", source, _token_id(config, "eos_token_id", directory)),
-        "pad_token": _token(settings, "pad_token", source, None),
+        "start_token": _token(files, "bos_token", _token_id(config, "bos_token_id", directory)),
+        "end_token": _token(files, "eos_token", _token_id(config, "eos_token_id", directory)),
+        "pad_token": _token(files, "pad_token", None),
     }
     if found[0] != "tokenizer.json":  # which has all of these in its own rules
         arguments |= {name: _flag(settings, name, source) for name in ("legacy", "add_prefix_space")}
-        arguments["added_tokens"] = _added_tokens(directory, names, settings)
+        added = _added_tokens(directory, names, settings, _special_tokens(files))
+        if found[0] == "tokenizer.model":
+            # They are found in the text as it is: the normalizer of such a vocabulary does no more than put marks.
+            added = added._replace(tokens=[{**token, "normalized": False} for token in added.tokens])
+        arguments["added_tokens"] = added
     template = _chat_template(directory, names, settings)
     return arguments if template is None else {**arguments, "chat_template": template}
 
@@ -86,15 +111,35 @@ def preprocessor_config(settings: dict) -> dict:
     return {}
 
 
-def _token(settings: dict, name: str, source: Path, default: str | int | None) -> str | int | None:
-    """Return the text of a special token, which the file spells as a string or as an object with its `content`."""
-    if name not in settings:
-        return default
-    value = settings[name]
+def _token(files: dict[Path, dict], name: str, default: str | int | None) -> str | int | None:
+    """Return the text of a special token, as the first file that has its name says."""
+    for source, settings in files.items():
+        if name in settings:
+            return _text(settings[name], name, source)
+    return default
+
+
+def _text(value: object, name: str, source: Path) -> str | None:
+    """Return the text of a token, which a file spells as a string or as an object with its `content`."""
     text = value.get("content") if isinstance(value, dict) else value
-    if text is None or isinstance(text, str):
+    if text is None or _is_text(text):
         return text
     raise CheckpointError(f"{source}: {name} = {shown(value)}; expected a token.")
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a str that UTF-8 can write: JSON can spell halves of surrogate pairs."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _special_tokens(files: dict[Path, dict]) -> set[str]:
+    """Return the texts of all special tokens that the files name."""
+    found = {_text(settings.get(name), name, source) for source, settings in files.items() for name in NAMED}
+    for source, settings in files.items():
+        for name in LISTED:
+            if isinstance(settings.get(name), list):  # An object gives names to tokens, which says nothing of them.
+                found |= {_text(token, name, source) for token in settings[name]}
+    return found - {None}
 
 
 def _token_id(config: dict, name: str, directory: Path) -> str | int | None:
@@ -112,21 +157,32 @@ def _flag(settings: dict, name: str, source: Path) -> bool | None:
     return value
 
 
-def _added_tokens(directory: Path, names: Iterable[str], settings: dict) -> list[dict]:
-    """Return the tokens that were added to a vocabulary, in the order of their ids: `{"id", "content", flags}`."""
-    source = directory / SETTINGS
-    added = settings.get("added_tokens_decoder")
+def _added_tokens(directory: Path, names: Iterable[str], settings: dict, special: set[str]) -> AddedTokens:
+    """Return the tokens that were added to a vocabulary; those that are `special` are so unless their flag says no."""
+    source, added = directory / SETTINGS, settings.get("added_tokens_decoder")
     if added is None and ADDED_TOKENS in names:
-        source = directory / ADDED_TOKENS
-        added = {token_id: {"content": token} for token, token_id in read_json(source).items()}
+        source, added = directory / ADDED_TOKENS, read_json(directory / ADDED_TOKENS)
+        described = [{"id": token_id, "content": token, "normalized": False} for token, token_id in added.items()]
+    else:
+        described = _described(added or {}, source)
+    for token in described:
+        if not _is_sound(token):
+            raise CheckpointError(f"{source}: added tokens = {shown(added)}; expected a content for each id.")
+        token.setdefault("special", token["content"] in special)
+    return AddedTokens(source, sorted(described, key=lambda token: token["id"]))
+
+
+def _described(added: object, source: Path) -> list[dict]:
     try:
-        tokens = [{**token, "id": int(token_id)} for token_id, token in (added or {}).items()]
-        is_sound = all(isinstance(token["content"], str) and token["id"] >= 0 for token in tokens)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        is_sound = False
-    if not is_sound:
-        raise CheckpointError(f"{source}: added tokens = {shown(added)}; expected a content for each id.")
-    return sorted(tokens, key=lambda token: token["id"])
+        return [{**token, "id": int(token_id)} for token_id, token in added.items()]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: added tokens = {shown(added)}; expected a content for each id.") from error
+
+
+def _is_sound(token: dict) -> bool:
+    has_id = type(token["id"]) is int and token["id"] >= 0
+    has_text = _is_text(token.get("content")) and token["content"] != ""
+    return has_id and has_text and all(isinstance(token.get(flag, False), bool) for flag in FLAGS)
 
 
 def _chat_template(directory: Path, names: Iterable[str], settings: dict) -> str | dict[str, str] | None:

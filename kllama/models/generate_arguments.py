@@ -88,10 +88,12 @@ def check_lengths(prompts: Prompts, limits: np.ndarray) -> None:
             )
 
 
-def resolve_stop_token_ids(stop_token_ids, preprocessor, generation_config: Mapping, backbone) -> list[int]:
+def resolve_stop_token_ids(
+    stop_token_ids, prompts: Prompts, preprocessor, generation_config: Mapping, backbone
+) -> list[int]:
     """Settle the ids that end a row; an empty list for none."""
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-        ids = set(generation_config.get("stop_token_ids", ()))
+        ids = {*generation_config.get("stop_token_ids", ()), *prompts.stop_token_ids}
         if preprocessor is not None and preprocessor.tokenizer.end_token_id is not None:
             ids.add(preprocessor.tokenizer.end_token_id)
         return sorted(ids)

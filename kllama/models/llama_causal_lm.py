@@ -133,6 +133,15 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             # Compiled steps hold the old variables.
             self.train_function = self.test_function = self.predict_function = None
 
+    def save_to_preset(self, preset_dir, **kwargs):
+        """Save the model to a directory that `from_preset` loads; arguments as in `keras_hub.models.Task`.
+
+        Raises:
+            ValueError: the tokenizer has more tokens than the model has rows for.
+        """
+        self._check_vocabulary()
+        super().save_to_preset(preset_dir, **kwargs)
+
     @classmethod
     def from_preset(cls, preset, load_weights: bool = True, *, dtype=None, **kwargs):
         """Build a language model, with its tokenizer, from a checkpoint.
@@ -260,31 +269,36 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         x, y, sample_weight = self._prepare(x, y, sample_weight, batch_size)
         if validation_data is not None:
             validation_data = self._prepare(*unpack_batch(validation_data))
-        return keras.Model.fit(
-            self,
-            x,
-            y,
-            batch_size=batch_size,
-            sample_weight=sample_weight,
-            validation_data=validation_data,
-            **kwargs,
-        )
+        with backend.keep_variables(self):
+            return keras.Model.fit(
+                self,
+                x,
+                y,
+                batch_size=batch_size,
+                sample_weight=sample_weight,
+                validation_data=validation_data,
+                **kwargs,
+            )
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Compute the loss and the metrics on text or token ids; arguments as in `fit`."""
         if not kwargs.get("_use_cached_eval_dataset", False):  # as `fit` calls it, on what it has prepared
             x, y, sample_weight = self._prepare(x, y, sample_weight, batch_size)
-        return keras.Model.evaluate(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
+        with backend.keep_variables(self):
+            return keras.Model.evaluate(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """Compute logits (B, T, V) of text or token ids, in NumPy; `x` as in `fit`."""
         x, _, _ = self._prepare(x, batch_size=batch_size, is_training=False)
-        return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
+        with backend.keep_variables(self):
+            return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
     def _prepare(self, x, y=None, sample_weight=None, batch_size=None, is_training=True):
         """Give `(x, y, sample_weight)` as Keras takes it: arrays, or what prepares batches as they are read."""
+        vocabulary_size = self.backbone.vocabulary_size
         if is_token_ids(x):
-            return prepare_token_ids(x, y, sample_weight)
+            return prepare_token_ids(x, y, sample_weight, vocabulary_size)
+        self._check_vocabulary()
         if not is_batches(x):
             refuse_labels(y)
             return prepare_texts(x, self.preprocessor, sample_weight, is_training=is_training)
@@ -292,10 +306,21 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             if value is not None:
                 raise ValueError(f"{name} must be None with a {type(x).__name__}, which gives it with each batch.")
         if not is_tf_dataset(x):
-            return wrap_batches(x, self.preprocessor), None, None
+            return wrap_batches(x, self.preprocessor, vocabulary_size), None, None
         from kllama.backend import tf_data
 
         return tf_data.map_batches(x, self.preprocess_samples), None, None
+
+    def _check_vocabulary(self):
+        """Raise a ValueError for a tokenizer with more tokens than the model has rows for: JAX would give NaN."""
+        if self.preprocessor is None:
+            return
+        num_tokens, num_rows = self.preprocessor.tokenizer.vocabulary_size(), self.backbone.vocabulary_size
+        if num_tokens > num_rows:
+            raise ValueError(
+                f"the tokenizer has {num_tokens} tokens, the model {num_rows} rows for them; expected a row for each. "
+                f"Call resize_vocabulary({num_tokens}) on the model."
+            )
 
     # === Generation ===
 
@@ -304,7 +329,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         inputs,
         max_length: int | None = None,
         stop_token_ids="auto",
-        strip_prompt: bool = False,
+        strip_prompt: bool | None = None,
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -319,14 +344,17 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         `generation_config`, which beats KerasHub's default (top-k with k = 5).
 
         Args:
-            inputs: a string or a list of strings; or `{"messages": ...}`, a conversation or a list of them, which the
-                chat template renders and the assistant continues; or `{"token_ids": (B, T), "padding_mask": (B, T)}`
-                with padding on the right. The preprocessor's `truncate` says what becomes of text that is too long.
+            inputs: a string or a list of strings; or `{"messages": ...}`, a conversation or a list of them (also
+                without the key), which the chat template renders and the assistant answers; or
+                `{"token_ids": (B, T), "padding_mask": (B, T)}` with padding on the right. The preprocessor's `truncate`
+                says what becomes of text that is too long.
             max_length: the length, prompt included, at which a row ends. Defaults to the smaller of the preprocessor's
                 `sequence_length` and the backbone's `max_sequence_length`; for token ids to their width T.
-            stop_token_ids: ids that end a row. `"auto"` means the tokenizer's end token and the stop ids of
-                `generation_config`; None or an empty list means none.
-            strip_prompt: whether to leave the prompt out of the result.
+            stop_token_ids: ids that end a row. `"auto"` means the tokenizer's end token, the stop ids of
+                `generation_config` and, in a conversation, the special token that ends the assistant's turn; None or
+                an empty list means none.
+            strip_prompt: whether to leave the prompt out of the result. None leaves a conversation out, and no other
+                prompt.
             max_new_tokens: how many tokens to add to each row at most, instead of `max_length`.
             temperature: at least 0; what logits are divided by. 0 takes the most likely token each time.
             top_k: sample among the k most likely tokens.
@@ -335,8 +363,8 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             seed: non-negative integer below 2 ** 31. The same seed gives the same text on the same backend.
 
         Returns:
-            A string for a string or a conversation, a list of strings for a list; for token ids a dict of NumPy arrays
-            `token_ids` (B, S) and `padding_mask` (B, S), where S is the longest row.
+            A string for a string, the answer for a conversation, a list of strings for a list of either; for token ids
+            a dict of NumPy arrays `token_ids` (B, S) and `padding_mask` (B, S), where S is the longest row.
 
         Raises:
             TypeError: for an argument of the wrong type.
@@ -346,13 +374,15 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         prompts = read_prompts(inputs, self.preprocessor)
         if prompts.is_empty:
             return []
+        if prompts.finish_text is not None:
+            self._check_vocabulary()
         check_ids(prompts, self.backbone.vocabulary_size)
         lengths = max_length, max_new_tokens, self.preprocessor, self.backbone.max_sequence_length
         prompts = fit_prompts(prompts, *lengths)
         limits = resolve_limits(prompts, *lengths)
         check_lengths(prompts, limits)
         stop_token_ids = resolve_stop_token_ids(
-            stop_token_ids, self.preprocessor, self.generation_config, self.backbone
+            stop_token_ids, prompts, self.preprocessor, self.generation_config, self.backbone
         )
         call = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampler = None if _is_auto(self._sampler_choice) else self.sampler
@@ -363,7 +393,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         else:
             seed = resolve_seed(seed, sampler)
             results = self._generate_plainly(prompts, limits, stop_token_ids, sampling, seed)
-        return prompts.finish(*results, strip_prompt=strip_prompt)
+        return prompts.finish(*results, strip_prompt=prompts.is_chat if strip_prompt is None else strip_prompt)
 
     def _generate_plainly(self, prompts, limits, stop_token_ids, sampling: Sampling, seed: int):
         settings = {"plan": sampling.plan, "prompt_width": plain_loop.bucket(int(prompts.lengths.max()))}

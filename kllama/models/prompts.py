@@ -20,6 +20,8 @@ class Prompts:
         num_tokens: size of the tokenizer's vocabulary, or None where ids were passed.
         finish_text: function ({"token_ids", "padding_mask"}) -> list of strings, or None where ids were passed.
         is_single: whether the caller passed one string, or one conversation.
+        is_chat: whether the prompts are conversations.
+        stop_token_ids: what ends an answer in them, besides what always ends a row.
         cut: function (row, max_length) -> row that leaves room for a new token, or None where long prompts are refused.
     """
 
@@ -28,6 +30,8 @@ class Prompts:
     num_tokens: int | None = None
     finish_text: Callable | None = None
     is_single: bool = False
+    is_chat: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     cut: Callable | None = None
 
     @property
@@ -68,31 +72,53 @@ def read_prompts(inputs, preprocessor) -> Prompts:
     """
     if isinstance(inputs, Mapping) and "messages" not in inputs:
         return _read_token_ids(inputs)
+    if isinstance(inputs, Mapping) or (isinstance(inputs, list | tuple) and _holds_messages(inputs)):
+        return _read_conversations(inputs, preprocessor)
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
         inputs = inputs.tolist()
     texts = [inputs] if isinstance(inputs, str) else inputs
-    is_chat = isinstance(inputs, Mapping)
-    if not is_chat and (not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts)):
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise TypeError(
-            f"inputs ({type(inputs).__name__}) must be a string, a list of strings, a dict of messages, or a dict of "
-            "token_ids and padding_mask."
+            f"inputs ({type(inputs).__name__}) must be a string, a list of strings, {{'messages': [...]}}, or a dict "
+            "of token_ids and padding_mask."
         )
-    if preprocessor is None:
-        raise ValueError("inputs are text, but the model has no preprocessor; expected a dict of token_ids.")
+    return _text_prompts(preprocessor, _tokenize(texts, _given(preprocessor)), is_single=isinstance(inputs, str))
+
+
+def _text_prompts(preprocessor, rows: list, **settings) -> Prompts:
     is_ours = isinstance(preprocessor, LlamaCausalLMPreprocessor)
     return Prompts(
-        _render(inputs, preprocessor) if is_chat else _tokenize(texts, preprocessor),
+        rows,
         num_tokens=preprocessor.tokenizer.vocabulary_size(),
         finish_text=preprocessor.generate_postprocess,
-        is_single=not read_samples(inputs).is_batch if is_chat else isinstance(inputs, str),
         cut=preprocessor.cut_prompt if is_ours and preprocessor.truncate is not None else None,
+        **settings,
     )
 
 
-def _render(inputs: Mapping, preprocessor) -> list[np.ndarray]:
-    if not isinstance(preprocessor, LlamaCausalLMPreprocessor):
+def _given(preprocessor):
+    if preprocessor is None:
+        raise ValueError("inputs are text, but the model has no preprocessor; expected a dict of token_ids.")
+    return preprocessor
+
+
+def _holds_messages(inputs) -> bool:
+    first = inputs[0] if inputs else None
+    return isinstance(first[0] if isinstance(first, list | tuple) and first else first, Mapping)
+
+
+def _read_conversations(inputs, preprocessor) -> Prompts:
+    if not isinstance(_given(preprocessor), LlamaCausalLMPreprocessor):
         raise TypeError(f"preprocessor = {preprocessor!r}; messages need a LlamaCausalLMPreprocessor.")
-    return [np.array(ids, "int32") for ids in preprocessor.prompt_rows(inputs)]
+    rows = [np.array(ids, "int32") for ids in preprocessor.prompt_rows(inputs)]
+    stop = preprocessor.tokenizer.turn_end_token_id
+    return _text_prompts(
+        preprocessor,
+        rows,
+        is_single=not read_samples(inputs).is_batch,
+        is_chat=True,
+        stop_token_ids=() if stop is None else (stop,),
+    )
 
 
 def _tokenize(texts, preprocessor) -> list[np.ndarray]:

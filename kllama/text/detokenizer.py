@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection
 
 import tokenizers
 
-from kllama.text.formats.rules import byte_characters, flat
+from kllama.text.formats.rules import byte_characters, decoder_parts
 
 REPLACEMENT = "\ufffd"
 
@@ -105,8 +105,7 @@ class StreamingDetokenizer:
 
 def _decoder_spec(encoder: tokenizers.Tokenizer) -> list[dict] | None:
     """Return the steps of the decoder as a tokenizer.json has them; `None` where the tokenizer has no decoder."""
-    decoder = encoder.decoder
-    return None if decoder is None else flat(json.loads(decoder.__getstate__()), "decoders")
+    return None if encoder.decoder is None else decoder_parts(encoder)
 
 
 def _steps(spec: list[dict] | None) -> list:

@@ -14,9 +14,12 @@ from kllama.text.inputs import as_texts
 
 EXPECTED = (
     "expected a str, a list of str, {'prompts': ..., 'responses': ...}, {'messages': ...}, or a list of rows such as "
-    "{'prompt': ..., 'response': ...} or {'messages': [...]}"
+    "{'text': ...}, {'prompt': ..., 'response': ...} or {'messages': [...]}"
 )
-_PLURALS = {"prompt": "prompts", "response": "responses"}  # how a row of a file spells a column
+# How the rows of files spell the columns.
+_COLUMNS = {"text": "texts", "prompt": "prompts", "response": "responses"}
+_COLUMNS |= {"completion": "responses", "completions": "responses"}
+_KINDS = ({"messages"}, {"prompts", "responses"}, {"texts"})
 
 
 class Samples(NamedTuple):
@@ -52,13 +55,16 @@ def read_samples(x) -> Samples:
         x: a str, or a list, tuple, array or eager string tensor of them; `{"prompts", "responses"}` of such;
             `{"messages": one conversation or a list of them}`, with `"tools"` beside it if there are any: one list for
             all, or a list of lists. A conversation is a list of `{"role", "content"}`; a batch of them may also come
-            as columns, `{"role": [[...]], "content": [[...]]}`. Or a list of rows with the keys `"prompt"` and
-            `"response"`, or `"messages"` (and `"tools"`).
+            as columns, `{"role": [[...]], "content": [[...]]}`. Or one conversation, or a list of them, without the
+            key. Or a list of rows with the keys `"text"`, or `"prompt"` and `"response"` (or `"completion"`), or
+            `"messages"` (and `"tools"`, in some rows or in all). Other keys are not looked at.
 
     Raises:
         TypeError: for anything else; the message has the row.
         ValueError: columns of different lengths, or rows with different keys.
     """
+    if _is_conversation(x) or (isinstance(x, list | tuple) and x and all(map(_is_conversation, x))):
+        x = {"messages": x}
     if isinstance(x, list | tuple) and x and all(isinstance(row, Mapping) for row in x):
         x = _columns(x)
     if not isinstance(x, str | list | tuple | Mapping) and not hasattr(x, "dtype"):  # arrays and tensors have one
@@ -66,20 +72,39 @@ def read_samples(x) -> Samples:
     if not isinstance(x, Mapping):
         texts, is_batch = as_texts(x)
         return Samples({"texts": texts}, is_batch)
-    x = {_PLURALS.get(name, name): column for name, column in x.items()}
-    if x.keys() == {"prompts", "responses"}:
-        return _read_pairs(**x)
-    if "messages" in x and x.keys() <= {"messages", "tools"}:
-        return _read_conversations(x["messages"], x.get("tools"))
-    raise TypeError(f"x has the keys {sorted(map(str, x))}; {EXPECTED}.")
+    columns = {_COLUMNS.get(name, name): column for name, column in x.items()}
+    kind = _kind(columns, f"x has the keys {sorted(map(str, x))}")
+    if kind == {"messages"}:
+        return _read_conversations(columns["messages"], columns.get("tools"))
+    if kind == {"texts"}:
+        return Samples({"texts": as_texts(columns["texts"])[0]}, not isinstance(columns["texts"], str))
+    return _read_pairs(columns["prompts"], columns["responses"])
+
+
+def _is_conversation(x) -> bool:
+    """Tell whether `x` is a list of messages: of dicts that say whose turn it is."""
+    return (
+        isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(turn, Mapping) and "role" in turn for turn in x)
+    )
+
+
+def _kind(columns: Mapping, received: str) -> set[str]:
+    """Give the columns that samples are read from; data may come with others, ids and sources for example."""
+    kinds = [kind for kind in _KINDS if kind <= columns.keys()]
+    if len(kinds) != 1:
+        raise TypeError(f"{received}; {EXPECTED}.")
+    return kinds[0]
 
 
 def _columns(rows) -> dict[str, list]:
-    keys = rows[0].keys()
+    rows = [{_COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
+    kind = _kind(rows[0], f"x[0] has the keys {sorted(map(str, rows[0]))}")
     for index, row in enumerate(rows):
-        if row.keys() != keys:
-            raise ValueError(f"x[{index}] has the keys {sorted(row)}; expected {sorted(keys)}, as the first row has.")
-    return {key: [row[key] for row in rows] for key in keys}
+        if missing := sorted(kind - row.keys()):
+            raise ValueError(f"x[{index}] has the keys {sorted(map(str, row))}; expected {missing} too, as x[0] has.")
+    if kind == {"messages"} and any(row.get("tools") for row in rows):
+        return {"messages": [row["messages"] for row in rows], "tools": [row.get("tools") for row in rows]}
+    return {name: [row[name] for row in rows] for name in sorted(kind)}
 
 
 def _read_pairs(prompts, responses) -> Samples:
@@ -101,6 +126,12 @@ def _read_conversations(messages, tools) -> Samples:
             raise TypeError(
                 f"messages[{row}] = {reprlib.repr(conversation)} ({type(conversation).__name__}); expected a "
                 "conversation, a list of {'role', 'content'}."
+            )
+        collated = [turn["role"] for turn in conversation if isinstance(turn.get("role"), list | tuple)]
+        if collated:
+            raise TypeError(
+                f"messages[{row}]: role = {reprlib.repr(collated[0])}; expected a str. A DataLoader joins the rows of "
+                "a batch turn by turn unless it is given collate_fn=list."
             )
     conversations = [list(conversation) for conversation in conversations]
     return Samples({"messages": conversations, "tools": _tools_of_rows(tools, len(conversations))}, is_batch)

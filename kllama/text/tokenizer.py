@@ -397,6 +397,22 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         return 0 if self.pad_token is None else self.token_to_id(self.pad_token)
 
     @property
+    def turn_end_token_id(self) -> int | None:
+        """The id of the special token with which `chat_template` ends what the assistant says.
+
+        `None` where it ends it with none, or does not show what the assistant says.
+        """
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            ids, mask = self.apply_chat_template(turns, return_assistant_mask=True)
+        except CheckpointError:
+            raise
+        except ValueError:  # the template refuses these turns, or has no place for a mask
+            return None
+        last = int(ids[mask][-1]) if mask.any() else None
+        return last if last in self.special_token_ids else None
+
+    @property
     def adds_start_token(self) -> bool:
         """Whether the vocabulary's own rules put the start token before each text. `tokenize` itself adds none."""
         return bool(self._loaded().adds_start_token)
@@ -404,13 +420,17 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
     def add_tokens(self, tokens: str | Sequence[str], special: bool = False) -> int:
         """Append tokens to the vocabulary: words of a new language, or marks of a new format.
 
-        From then on a text that holds one is split there, before the rules of the vocabulary see the rest; the longest
-        one wins. They are saved with the tokenizer. A model needs a row for each: see
-        `LlamaCausalLM.resize_vocabulary`. In a SentencePiece vocabulary with `legacy` rules the text behind an added
-        token starts a new sentence; for tokens that are parts of words, build the tokenizer with `legacy=False`.
+        From then on a text that holds one is split there, before the rules of the vocabulary see the rest. Where
+        several begin, the longest is taken; where that is a special token that text cannot spell, its whole spelling is
+        left to the rules of the vocabulary, and no other added token is looked for in it. They are saved with the
+        tokenizer. A model needs a row for each: see `LlamaCausalLM.resize_vocabulary`. In a SentencePiece vocabulary
+        with `legacy` rules the text behind an added token starts a new sentence; for tokens that are parts of words,
+        build the tokenizer with `legacy=False`.
 
         Args:
             tokens: a str or several. Those that the vocabulary has stay what they are, but become special if asked to.
+                A byte-level vocabulary (Llama 3, GPT-2) spells bytes as characters: "é" is its name of the byte 0xE9.
+                There is one token to a spelling, so that such a text cannot be added; longer ones like "été" can.
             special: bool. Whether they are special tokens, which text cannot spell unless `parse_special` is set, and
                 which `detokenize` can skip.
 
@@ -419,21 +439,25 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
 
         Raises:
             TypeError: a token is not a str.
-            ValueError: a token is empty, or the ids of the vocabulary have gaps, so that it has no definite end.
+            ValueError: a token is empty, holds a lone surrogate, or is how a byte-level vocabulary spells other text.
+                Or the ids of the vocabulary have gaps, so that it has no definite end.
 
         Example:
         ```python
         tokenizer.add_tokens(["<|tool|>"], special=True)  # 1
         ```
         """
+        vocabulary = self._loaded()
         tokens = [tokens] if isinstance(tokens, str) else list(tokens)
         for index, token in enumerate(tokens):
             if not isinstance(token, str):
                 raise TypeError(f"tokens[{index}] = {token!r}; expected a str.")
             if not token:
                 raise ValueError(f"tokens[{index}] = ''; expected at least one character.")
-        vocabulary = self._loaded()
-        wanted = [token for token in tokens if special or vocabulary.encoder.token_to_id(token) is None]
+            if as_texts(token)[0][0] != token:
+                raise ValueError(f"tokens[{index}] = {token!r}; expected text without surrogates.")
+            vocabulary.check_spelling(token, f"tokens[{index}]")
+        wanted = [token for token in tokens if special or vocabulary.token_to_id(token) is None]
         return vocabulary.append([tokenizers.AddedToken(t, normalized=False, special=special) for t in wanted])
 
     def save_assets(self, dir_path: str) -> None:
@@ -492,21 +516,25 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         """Build the tokenizer of a checkpoint that `kllama.checkpoints.formats` has opened."""
         if checkpoint.tokenizer_config is None:
             raise MissingFileError(f"{checkpoint.path}: no tokenizer; expected {ASSET}.", str(checkpoint.path / ASSET))
-        config = dict(checkpoint.tokenizer_config)
-        added = config.pop("added_tokens", [])
+        config = {**checkpoint.tokenizer_config, **kwargs}
+        source, added = config.pop("tokenizer"), config.pop("added_tokens", None)
         try:
-            tokenizer = cls(**{**config, **kwargs})
-            tokenizer._loaded().append_described(added)
+            tokenizer = cls(**config)
+            tokenizer._set_vocabulary(source, added)
             if "vocabulary_size" in checkpoint.backbone_config:
                 tokenizer._loaded().check_rows(checkpoint.backbone_config["vocabulary_size"])
         except CheckpointError as error:
-            error.args = (f"{checkpoint.path}: {error}",)
+            if not str(error).startswith(str(checkpoint.path)):
+                error.args = (f"{checkpoint.path}: {error}",)
             raise
         return tokenizer
 
-    def _set_vocabulary(self, source) -> None:
+    def _set_vocabulary(self, source, added=None) -> None:
+        """Open the vocabulary, append tokens that other files add to it, and find the named ones among all of them."""
         opened = open_vocabulary(source, legacy=self.legacy, add_prefix_space=self.add_prefix_space)
         self._vocabulary = vocabulary = Vocabulary(opened.encoder, opened.adds_start_token, self.parse_special)
+        if added is not None:
+            vocabulary.append_described(added.tokens, added.source)
         self.start_token = vocabulary.name("start_token", self.start_token, opened.start_token)
         self.end_token = vocabulary.name("end_token", self.end_token, opened.end_token)
         vocabulary.name("pad_token", self.pad_token, None)

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from kllama.text.formats.merges import ranked_merges
+from kllama.text.formats.opened import MAX_VOCABULARY_SIZE
 from kllama.text.formats.patterns import GPT2, LLAMA3
 from kllama.text.inputs import as_texts
 
@@ -29,6 +30,8 @@ BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # Characters beyond this share of the text are left to the byte tokens, and pieces have at most so many characters.
 CHARACTER_COVERAGE = 0.99995
 MAX_PIECE_LENGTH = 16
+# A longer word is learned from in parts of so many characters: the trainer's work grows with the square of the length.
+MAX_WORD_LENGTH = 1024
 # Llama 2's words: letters, or signs, with at most one mark before them; a digit; a run of marks. Control characters
 # belong to none. The last mark of a run goes to the word after it.
 _SENTENCEPIECE_WORD = r"▁+(?=▁)|▁?[\p{L}\p{M}]+|\p{Nd}|▁?[^\s\p{L}\p{M}\p{Nd}▁]+|\s|▁+"
@@ -66,7 +69,7 @@ def train_tokenizer(
     Raises:
         TypeError: a text is not a str; the message has its row.
         ValueError: `vocabulary_size` is less than the tokens that are always there, or more than the texts have pieces
-            for; the message has the number that is possible.
+            for, or than 2^22; the message has the number that is possible.
 
     Example:
     ```python
@@ -78,6 +81,8 @@ def train_tokenizer(
         raise ValueError(f"kind = {kind!r}; expected one of {KINDS}.")
     if isinstance(vocabulary_size, bool) or not isinstance(vocabulary_size, int):
         raise TypeError(f"vocabulary_size = {vocabulary_size!r}; expected an int.")
+    if vocabulary_size > MAX_VOCABULARY_SIZE:  # The trainer makes room for all of it before it reads a text.
+        raise ValueError(f"vocabulary_size = {vocabulary_size}; expected at most {MAX_VOCABULARY_SIZE}.")
     specials = _checked_specials(special_tokens)
     if kind == "byte_bpe":
         return _train_byte_bpe(_checked(texts), vocabulary_size, specials, _checked_pattern(pattern))
@@ -92,6 +97,8 @@ def _checked_specials(special_tokens) -> list[str]:
     for token in special_tokens:
         if not isinstance(token, str):
             raise TypeError(f"special_tokens has {token!r}; expected a str.")
+        if as_texts(token)[0][0] != token:
+            raise ValueError(f"special_tokens has {token!r}; expected text without surrogates.")
         if len(token) < 2 or token in (UNKNOWN, *BYTE_TOKENS) or special_tokens.count(token) > 1:
             raise ValueError(
                 f"special_tokens has {token!r}; expected distinct tokens of two or more characters, none of them "
@@ -149,12 +156,9 @@ def _spelling_of(specials: list[str]) -> re.Pattern:
 def _train_byte_bpe(texts, vocabulary_size, specials, pattern):
     _check_room(vocabulary_size, 256 + len(specials), f"256 bytes and {len(specials)} special tokens")
     encoder = tokenizers.Tokenizer(models.BPE())
-    encoder.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, _parts_of_long_words(), as_bytes])
     encoder.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -164,6 +168,7 @@ def _train_byte_bpe(texts, vocabulary_size, specials, pattern):
     )
     spelling = _spelling_of(specials)
     encoder.train_from_iterator((part for text in texts for part in spelling.split(text)), trainer)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     merges = json.loads(encoder.to_str())["model"]["merges"]
     _check_collisions(specials, ("".join(merge) for merge in merges))
     _check_learned(vocabulary_size, encoder.get_vocab_size())
@@ -179,6 +184,10 @@ def _train_sentencepiece_bpe(texts, vocabulary_size, specials):
     _check_collisions(specials, pieces)
     _check_learned(vocabulary_size, len(fixed) + len(pieces))
     return _sentencepiece_encoder(fixed, pieces)
+
+
+def _parts_of_long_words() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(f"(?m:.{{1,{MAX_WORD_LENGTH}}})"), "isolated")
 
 
 def _count_words(texts, spelling) -> Counter:
@@ -215,6 +224,7 @@ def _learn_pieces(words: Counter, alphabet: list[str], room: int) -> list[str]:
         [
             pre_tokenizers.CharDelimiterSplit("\n"),
             pre_tokenizers.Split(Regex(_SENTENCEPIECE_WORD), "isolated"),
+            _parts_of_long_words(),
         ]
     )
     trainer = trainers.BpeTrainer(

@@ -13,6 +13,7 @@ import tokenizers
 from kllama.checkpoints.reader import listed
 from kllama.errors import CheckpointError
 from kllama.text.chat.encoder import ChatEncoder
+from kllama.text.formats.rules import decoder_parts
 
 
 class Vocabulary:
@@ -29,8 +30,8 @@ class Vocabulary:
         parse_special: the same.
         tokens: list of str by id, None where no token has the id.
         special_ids: list of the ids of special tokens, ascending.
-        literal_ids: ids of added tokens that stand for their own spelling, and that the decoder would misread: a
-            byte-level decoder takes the é of an added token for the byte 0xE9.
+        is_byte_level: whether the characters of a token stand for bytes, é for 0xE9.
+        literal_ids: ids of added tokens that stand for their own spelling, and that a byte-level decoder would misread.
     """
 
     def __init__(self, encoder: tokenizers.Tokenizer, adds_start_token: bool | None, parse_special: bool):
@@ -58,11 +59,41 @@ class Vocabulary:
         self._gaps = {token_id for token_id, token in enumerate(self.tokens) if token is None}
         added = self.encoder.get_added_tokens_decoder()
         self.special_ids = sorted(token_id for token_id, token in added.items() if token.special)
+        self.is_byte_level = any(part["type"] == "ByteLevel" for part in decoder_parts(self.encoder))
         self.literal_ids = set()
-        if isinstance(self.encoder.decoder, tokenizers.decoders.ByteLevel):
-            spelt = self.encoder.decode_batch([[token_id] for token_id in added], skip_special_tokens=False)
-            pairs = zip(added.items(), spelt, strict=True)
-            self.literal_ids = {token_id for (token_id, token), text in pairs if text != token.content}
+        if self.is_byte_level:
+            misread = {token_id: token.content for token_id, token in added.items() if self._is_misread(token_id)}
+            self.literal_ids = {token_id for token_id, token in misread.items() if not self._is_formed(token)}
+
+    def _is_misread(self, token_id: int) -> bool:
+        """Whether a token stands for other text than it is spelt with."""
+        return self.encoder.decode([token_id], skip_special_tokens=False) != self.tokens[token_id]
+
+    def _is_formed(self, token: str) -> bool:
+        """Whether the model itself makes this token, from bytes of text that its characters stand for."""
+        model = self.encoder.model
+        token_id = model.token_to_id(token)
+        return token_id is not None and [part.id for part in model.tokenize(token)] == [token_id]
+
+    def check_spelling(self, token: str, name: str) -> None:
+        """Refuse to add a text to a byte-level vocabulary that has its spelling for other text, as é for the byte 0xE9.
+
+        There is one token to a spelling. To take it for the text would turn every such byte into the text.
+
+        Args:
+            token: the text.
+            name: the argument, for the message.
+
+        Raises:
+            ValueError: with the tokens that the text has already.
+        """
+        if not self.is_byte_level or not self._is_formed(token) or not self._is_misread(self.token_to_id(token)):
+            return
+        ids = self.encoder.encode(token, add_special_tokens=False).ids
+        raise ValueError(
+            f"{name} = {token!r}; expected another token: this byte-level vocabulary spells bytes so, token "
+            f"{self.token_to_id(token)}. Leave it out, or add a longer one; a text that holds it has the ids {ids}."
+        )
 
     def token(self, token_id: int) -> str:
         """Return the token that has an id, or raise a ValueError."""
@@ -70,6 +101,10 @@ class Vocabulary:
             gap = ", a gap of the vocabulary" if 0 <= token_id < len(self.tokens) else ""
             raise ValueError(f"id = {token_id}{gap}; expected the id of a token, 0 to {len(self.tokens) - 1}.")
         return self.tokens[token_id]
+
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of the token of this exact spelling, `None` without one."""
+        return self.encoder.token_to_id(token)
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise a ValueError for the first id that no token has."""
@@ -119,7 +154,7 @@ class Vocabulary:
             if not 0 <= token < size or self.tokens[token] is None:
                 raise CheckpointError(f"{role} = {token}; expected the id of one of the {size} tokens.")
             return self.tokens[token]
-        if token is not None and self.encoder.token_to_id(token) is None:
+        if token is not None and self.token_to_id(token) is None:
             raise CheckpointError(f"{role} = {token!r}; expected one of the {size} tokens of the vocabulary.")
         return token
 
@@ -134,9 +169,9 @@ class Vocabulary:
         """Add tokens at the end, in their order, and return how many were new. One that is there takes the flags.
 
         Raises:
-            ValueError: the ids have gaps, and the library would fill them.
+            ValueError: a token is new, the ids have gaps, and the library would fill them.
         """
-        if self._gaps:
+        if self._gaps and any(self.token_to_id(token.content) is None for token in tokens):
             raise ValueError(
                 f"the vocabulary has no token for {len(self._gaps)} of its ids, such as {min(self._gaps)}; expected "
                 "ids without a gap. Tokens can only be added at the end of such a vocabulary."
@@ -146,22 +181,29 @@ class Vocabulary:
         self._read()
         return len(self.tokens) - size
 
-    def append_described(self, tokens: Sequence[Mapping]) -> None:
-        """Add tokens that a file lists with their ids: `{"id", "content"}` and the flags of `tokenizers.AddedToken`.
+    def append_described(self, tokens: Sequence[Mapping], source: object) -> None:
+        """Add tokens that a file lists with their ids.
+
+        Args:
+            tokens: dicts of `"id"`, `"content"` and flags of `tokenizers.AddedToken`, in the order of the ids. Flags
+                that are missing are false, `"normalized"` is true for a token that is not special.
+            source: the file, for messages.
 
         Raises:
-            CheckpointError: a token has another id than the file says.
+            CheckpointError: a token has another id than the file says, or ids of the vocabulary have gaps.
         """
         flags = ("special", "lstrip", "rstrip", "normalized", "single_word")
-        self.append(
-            [
-                tokenizers.AddedToken(token["content"], **{flag: bool(token[flag]) for flag in flags if flag in token})
-                for token in tokens
-            ]
-        )
+        added = [
+            tokenizers.AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+            for token in tokens
+        ]
+        try:
+            self.append(added)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: added tokens: {error}") from error
         for token in tokens:
-            if (token_id := self.encoder.token_to_id(token["content"])) != token["id"]:
+            if (token_id := self.token_to_id(token["content"])) != token["id"]:
                 raise CheckpointError(
-                    f"id of the added token {reprlib.repr(token['content'])} = {token['id']}; expected {token_id}: the "
-                    "vocabulary's own, else the next free one."
+                    f"{source}: id of the added token {reprlib.repr(token['content'])} = {token['id']}; expected "
+                    f"{token_id}: the vocabulary's own, else the next free one."
                 )

@@ -8,6 +8,7 @@ import functools
 import itertools
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import keras
@@ -15,7 +16,7 @@ import numpy as np
 from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from kllama.training.data import encode, is_token_ids, prepare_token_ids, read_rows, weigh
+from kllama.training.data import encode, is_token_ids, num_cut_rows, prepare_token_ids, read_rows, weigh
 
 _LOADERS = {"torch": {"DataLoader"}, "grain": {"DataLoader", "MapDataset", "IterDataset"}}
 
@@ -50,7 +51,7 @@ def unpack_batch(batch) -> tuple:
 
 def _holds_rows(x) -> bool:
     if isinstance(x, list | tuple):
-        return not (x and isinstance(x[0], int | np.integer))  # a row of ids
+        return not (x and isinstance(x[0], int | np.integer | Mapping))  # a row of ids, or a conversation
     if isinstance(x, str | bytes) or x is None:
         return False
     if isinstance(x, Mapping):
@@ -59,11 +60,11 @@ def _holds_rows(x) -> bool:
     return len(shape) > 1 or (len(shape) == 1 and "int" not in str(x.dtype))
 
 
-def prepare_batch(batch, preprocessor: Callable | None) -> tuple:
+def prepare_batch(batch, preprocessor: Callable | None, vocabulary_size: int | None = None) -> tuple:
     """Turn one batch of text or token ids into `({"token_ids", "padding_mask"}, y, sample_weight)` in NumPy.
 
     The arrays are (B, T), the weights float32 and the rest int32. For text T is the preprocessor's `sequence_length`,
-    so that all batches have one shape.
+    so that all batches have one shape. A batch in which rows were cut, or in which nothing counts, is warned of.
 
     Raises:
         ValueError: labels with text, or no rows.
@@ -72,9 +73,15 @@ def prepare_batch(batch, preprocessor: Callable | None) -> tuple:
     x, y, sample_weight = unpack_batch(batch)
     if not is_token_ids(x):
         refuse_labels(y)
+        num_cut_before = num_cut_rows(preprocessor)
         token_ids, padding_mask, y, weights = encode(read_rows(x).part(0, sys.maxsize), preprocessor)
+        if num_cut_rows(preprocessor) > num_cut_before:
+            # Always the same text, so that Python shows it once.
+            warnings.warn("rows longer than the preprocessor's sequence_length were cut.", stacklevel=2)
+        if not weights.any():
+            warnings.warn("a batch holds no label that the loss counts, and teaches nothing.", stacklevel=2)
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weigh(weights, sample_weight)
-    x, y, weights = prepare_token_ids(x, y, sample_weight)
+    x, y, weights = prepare_token_ids(x, y, sample_weight, vocabulary_size)
     weights = np.ones(y.shape, "float32") if weights is None else weights
     return {name: x[name].astype("int32") for name in ("token_ids", "padding_mask")}, y.astype("int32"), weights
 
@@ -82,16 +89,19 @@ def prepare_batch(batch, preprocessor: Callable | None) -> tuple:
 def refuse_labels(y) -> None:
     """Raise a ValueError for labels with text."""
     if y is not None:
-        raise ValueError("y must be None with text: the labels of a text are its own next tokens.")
+        raise ValueError(
+            "y must be None with text: the labels of a text are its own next tokens. Responses to prompts come as "
+            "{'prompts': ..., 'responses': ...}, weights in a batch as (x, None, sample_weight)."
+        )
 
 
-def wrap_batches(x, preprocessor: Callable | None):
+def wrap_batches(x, preprocessor: Callable | None, vocabulary_size: int | None = None):
     """Give what Keras takes and what prepares the batches of `x` as they are read; not for tf.data pipelines.
 
     Raises:
         ValueError: there is no batch in `x`.
     """
-    prepare = functools.partial(prepare_batch, preprocessor=preprocessor)
+    prepare = functools.partial(prepare_batch, preprocessor=preprocessor, vocabulary_size=vocabulary_size)
     if isinstance(x, keras.utils.PyDataset):
         return PreparedDataset(x, prepare)
     return PreparedBatches(x, prepare)
@@ -197,8 +207,8 @@ class _OnePass:
             self._is_under_way = True
         elif (batch := next(self._rest, None)) is None:
             raise ValueError(
-                "x is a generator that has ended; expected as many batches as all epochs take, with "
-                "steps_per_epoch=, or data that can be read again in each epoch."
+                "a generator has ended; expected as many batches as all epochs take, with steps_per_epoch= (or "
+                "validation_steps=), or data that can be read again in each epoch."
             )
         else:
             yield batch

@@ -44,7 +44,7 @@ def prepare_texts(x, preprocessor: Callable | None, sample_weight=None, *, is_tr
         TypeError: a row is of the wrong type; the message has its index.
     """
     samples = read_rows(x)
-    num_cut_before = _num_cut_rows(preprocessor)
+    num_cut_before = num_cut_rows(preprocessor)
     # Piece by piece, trimmed: rows as wide as `sequence_length` never fill the memory all at once.
     starts = range(0, len(samples), _PIECE)
     pieces = [_trimmed(encode(samples.part(start, start + _PIECE), preprocessor)) for start in starts]
@@ -54,7 +54,7 @@ def prepare_texts(x, preprocessor: Callable | None, sample_weight=None, *, is_tr
         for arrays in zip(*pieces, strict=True)
     )
     if is_training:
-        _report_cut_rows(_num_cut_rows(preprocessor) - num_cut_before, len(samples), preprocessor)
+        _report_cut_rows(num_cut_rows(preprocessor) - num_cut_before, len(samples), preprocessor)
         _check_labels(weights)
     return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weigh(weights, sample_weight)
 
@@ -86,7 +86,8 @@ def _trimmed(arrays: tuple) -> list:
     return [array[:, :width] for array in arrays]
 
 
-def _num_cut_rows(preprocessor) -> int:
+def num_cut_rows(preprocessor) -> int:
+    """Give how many rows a preprocessor has cut so far; one of KerasHub's does not count them."""
     return preprocessor.num_cut_rows if isinstance(preprocessor, LlamaCausalLMPreprocessor) else 0
 
 
@@ -109,7 +110,7 @@ def _check_labels(weights: np.ndarray) -> None:
         )
 
 
-def prepare_token_ids(x, y=None, sample_weight=None) -> tuple:
+def prepare_token_ids(x, y=None, sample_weight=None, vocabulary_size: int | None = None) -> tuple:
     """Complete token ids to what the model is trained on: each position predicts the token after it.
 
     Args:
@@ -117,29 +118,40 @@ def prepare_token_ids(x, y=None, sample_weight=None) -> tuple:
         y: labels (B, T), taken as they are: all count but -100. None for the token ids moved one to the left, of which
             those count that are real.
         sample_weight: weights (B, T) or (B,), or None for ones.
+        vocabulary_size: the number of rows that the model has for ids; None leaves that unchecked.
 
     Returns:
         `(x, y, sample_weight)` in NumPy, the weights (B, T) or None.
+
+    Raises:
+        ValueError: no rows, rows of different lengths, or an id without a row, which on JAX would be NaN.
     """
     x = {name: to_numpy(value) for name, value in (x if isinstance(x, dict) else {"token_ids": x}).items()}
     token_ids = x["token_ids"]
     if len(token_ids) == 0:
         raise ValueError("x holds no training rows; expected at least one.")
+    if token_ids.ndim != 2:
+        raise ValueError(f"token_ids has shape {token_ids.shape}; expected (rows, length).")
+    if vocabulary_size is not None and token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < vocabulary_size:
+        wrong = token_ids[(token_ids < 0) | (token_ids >= vocabulary_size)]
+        raise ValueError(f"x holds the token id {wrong[0]}; expected ids from 0 to {vocabulary_size - 1}.")
     if x.get("padding_mask") is None:
         x["padding_mask"] = np.ones(token_ids.shape, "int32")
     if sample_weight is not None:
         sample_weight = _widen(sample_weight, token_ids.shape)
     if y is not None:
         return x, to_numpy(y), sample_weight
-    is_real = np.roll(x["padding_mask"] > 0, -1, axis=1).astype("float32")
-    is_real[:, -1] = 0
-    return x, np.roll(token_ids, -1, axis=1), weigh(is_real, sample_weight)
+    is_real = x["padding_mask"] > 0
+    predicts = np.pad(is_real[:, :-1] & is_real[:, 1:], ((0, 0), (0, 1)))  # padding on the left predicts nothing
+    return x, np.roll(token_ids, -1, axis=1), weigh(predicts, sample_weight)
 
 
 def to_numpy(value) -> np.ndarray:
     """Give an array, a nested list, or a tensor of any framework as a NumPy array."""
     if keras.ops.is_tensor(value):
         return keras.ops.convert_to_numpy(value)
+    if isinstance(value, list | tuple) and len({len(row) for row in value if isinstance(row, list | tuple)}) > 1:
+        raise ValueError("rows of token ids have different lengths; expected one length, with a padding_mask.")
     return np.asarray(value.cpu() if hasattr(value, "cpu") else value)  # PyTorch's, under another backend
 
 
@@ -152,5 +164,10 @@ def weigh(label_weights: np.ndarray, sample_weight) -> np.ndarray:
 
 def _widen(weights, shape) -> np.ndarray:
     """Give weights of rows (B,) or of tokens (B, T) as float32 (B, T)."""
-    weights = to_numpy(weights).astype("float32")
-    return np.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, shape)
+    weights = to_numpy(weights)
+    if weights.dtype.kind not in "biuf" or weights.shape not in (shape, shape[:1]):
+        raise ValueError(
+            f"sample_weight has shape {weights.shape} and dtype {weights.dtype}; expected numbers of shape "
+            f"{shape[:1]} for rows, or {shape} for labels."
+        )
+    return np.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, shape).astype("float32")

@@ -543,6 +543,7 @@ def test_special_tokens_fall_back_to_the_configurations_ids(folder, settings, co
 def test_a_vocabulary_without_rules_of_its_own_takes_those_beside_it(folder, name):
     (folder / "tokenizer.json").rename(folder / name)
     added = {"16": {"content": "<y>", "special": False}, "15": {"content": "<x>", "special": True, "lstrip": True}}
+    found_as_it_is = {"normalized": False} if name == "tokenizer.model" else {}
     settings = {"legacy": False, "add_prefix_space": True, "added_tokens_decoder": added}
     write_json(folder / "tokenizer_config.json", settings)
     assert HuggingFaceCheckpoint(folder).tokenizer_config == {
@@ -552,10 +553,13 @@ def test_a_vocabulary_without_rules_of_its_own_takes_those_beside_it(folder, nam
         "pad_token": None,
         "legacy": False,
         "add_prefix_space": True,
-        "added_tokens": [
-            {"id": 15, "content": "<x>", "special": True, "lstrip": True},
-            {"id": 16, "content": "<y>", "special": False},
-        ],
+        "added_tokens": (
+            folder / "tokenizer_config.json",
+            [
+                {"id": 15, "content": "<x>", "special": True, "lstrip": True, **found_as_it_is},
+                {"id": 16, "content": "<y>", "special": False, **found_as_it_is},
+            ],
+        ),
     }
 
 
@@ -563,7 +567,47 @@ def test_added_tokens_of_old_directories(folder):
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     write_json(folder / "added_tokens.json", {"<pad>": 16, "<x>": 15})
     found = HuggingFaceCheckpoint(folder).tokenizer_config["added_tokens"]
-    assert found == [{"id": 15, "content": "<x>"}, {"id": 16, "content": "<pad>"}]
+    flags = {"special": False, "normalized": False}
+    tokens = [{"id": 15, "content": "<x>", **flags}, {"id": 16, "content": "<pad>", **flags}]
+    assert found == (folder / "added_tokens.json", tokens)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"pad_token": "<pad>"},
+        {"unk_token": {"content": "<pad>", "lstrip": False}},
+        {"additional_special_tokens": ["<z>", {"content": "<pad>"}]},
+        {"extra_special_tokens": ["<pad>"]},
+        {"extra_special_tokens": {"image_token": "<x>"}, "pad_token": "<pad>"},
+    ],
+)
+def test_added_tokens_that_a_file_names_are_special(folder, file, names):
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    write_json(folder / "added_tokens.json", {"<pad>": 16, "<x>": 15})
+    write_json(folder / file, names)
+    _, found = HuggingFaceCheckpoint(folder).tokenizer_config["added_tokens"]
+    assert {token["content"]: token["special"] for token in found} == {"<x>": False, "<pad>": True}
+
+
+@pytest.mark.parametrize("flags, special", [({}, True), ({"special": False}, False)])
+def test_the_flag_of_an_added_token_counts(folder, flags, special):
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    settings = {"additional_special_tokens": ["<x>"], "added_tokens_decoder": {"15": {"content": "<x>", **flags}}}
+    write_json(folder / "tokenizer_config.json", settings)
+    assert HuggingFaceCheckpoint(folder).tokenizer_config["added_tokens"].tokens[0]["special"] is special
+
+
+def test_special_tokens_map_names_what_the_settings_leave_out(folder):
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": None})
+    names = {"bos_token": "a", "eos_token": "a", "pad_token": {"content": "b"}}
+    write_json(folder / "special_tokens_map.json", names)
+    found = HuggingFaceCheckpoint(folder).tokenizer_config
+    assert (found["start_token"], found["end_token"], found["pad_token"]) == ("<s>", None, "b")
+    write_json(folder / "special_tokens_map.json", {"pad_token": 3})
+    with refuses(CheckpointError, str(folder / "special_tokens_map.json"), "pad_token = 3"):
+        HuggingFaceCheckpoint(folder)
 
 
 def test_chat_templates(folder):
@@ -620,6 +664,11 @@ def test_faults_of_the_files_beside(folder, file, content, parts):
         ({"added_tokens_decoder": {"x": {"content": "a"}}}, "added tokens"),
         ({"added_tokens_decoder": {"3": {}}}, "added tokens"),
         ({"added_tokens_decoder": {"-3": {"content": "a"}}}, "added tokens"),
+        ({"added_tokens_decoder": {"3": {"content": ""}}}, "added tokens"),
+        ({"added_tokens_decoder": {"3": {"content": "\ud800"}}}, "added tokens"),
+        ({"added_tokens_decoder": {"3": {"content": "a", "special": 1}}}, "added tokens"),
+        ({"additional_special_tokens": [3]}, "additional_special_tokens = 3"),
+        ({"eos_token": "\ud800"}, "eos_token"),
     ],
 )
 def test_faults_of_the_rules_beside_a_vocabulary(folder, settings, fault):

@@ -220,7 +220,7 @@ def test_no_rows(small_model, x):
         (["a", b"a"], r"texts\[1\] = b'a'"),
         (np.array(["a", None], object), r"texts\[1\] = None"),
         (None, "x = None"),
-        ({"text": ["a"]}, r"the keys \['text'\]"),
+        ({"story": ["a"]}, r"the keys \['story'\]"),
         ({"prompts": ["a", None], "responses": ["a", "b"]}, r"prompts\[1\] = None"),
     ],
 )
@@ -295,6 +295,30 @@ def test_forms_of_validation_data(small_model, form):
         history = small_model.fit(["abcabc", "ba"], validation_data=data, verbose=0).history
     expected = small_model.evaluate(rows, verbose=0, return_dict=True)
     assert history["val_loss"][0] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_padding_on_the_left_predicts_nothing(random_model, token_ids):
+    model = random_model()
+    losses = []
+    for left, right in ((0, 0), (0, 3), (3, 0)):
+        padding = (0, 0), (left, right)
+        x = {"token_ids": np.pad(token_ids, padding), "padding_mask": np.pad(np.ones_like(token_ids), padding)}
+        losses.append(model.evaluate(x, verbose=0, return_dict=True)["loss"])
+        tensorflow = pytest.importorskip("tensorflow", reason="a tf.data pipeline needs TensorFlow")
+        dataset = tensorflow.data.Dataset.from_tensor_slices(x).batch(4)
+        losses.append(model.evaluate(dataset, verbose=0, return_dict=True)["loss"])
+    assert losses == pytest.approx([losses[0]] * 6, rel=1e-4)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0, 3.0], "balanced", np.ones((4, 3))])
+def test_weights_of_another_shape(random_model, token_ids, weights):
+    with pytest.raises(ValueError, match="sample_weight has shape"):
+        random_model().fit(token_ids, sample_weight=weights)
+
+
+def test_rows_of_several_lengths(random_model):
+    with pytest.raises(ValueError, match="different lengths"):
+        random_model().fit([[1, 2, 3], [4, 5]])
 
 
 def test_kinds_of_ids(random_model, token_ids):

@@ -20,6 +20,7 @@ SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized":
 VOCABULARY = {
     "version": "1.0",
     "added_tokens": [{"id": i, "content": token, **SPECIAL} for i, token in ((4, "<s>"), (5, "</s>"), (6, "<pad>"))],
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
     "model": {"type": "BPE", "vocab": {"<unk>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]},
 }
 
@@ -56,9 +57,18 @@ TOKENIZER = {
     "end_token": "</s>",
     "pad_token": "<pad>",
     "parse_special": True,
+    "legacy": False,
+    "add_prefix_space": True,
+    "chat_template": {"default": "{{ messages }}", "tool_use": "llama3.1"},
     "dtype": "int64",
 }
-PREPROCESSOR = {"sequence_length": 9, "add_start_token": False, "add_end_token": False}
+PREPROCESSOR = {
+    "sequence_length": 9,
+    "add_start_token": False,
+    "add_end_token": False,
+    "loss_on": "all",
+    "truncate": "left",
+}
 GENERATION = {"stop_token_ids": [5, 2], "do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
 
 SIZES = {

@@ -8,6 +8,7 @@ import pickle
 import re
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -358,7 +359,41 @@ class TestAddTokens:
         assert tokenizer.detokenize([special, *ids]) == f"<é>{text}"
         assert tokenizer.detokenize([special, *ids, special], skip_special_tokens=True) == text
 
-    @pytest.mark.parametrize("tokens, error", [([5], TypeError), (["a", ""], ValueError), ([None], TypeError)])
+    @pytest.mark.parametrize("in_sequence", [False, True])
+    def test_accents_by_stream_and_at_once(self, assets, in_sequence):
+        content = json.loads((assets / "tokenizers/gpt2/tokenizer.json").read_text(encoding="utf-8"))
+        if in_sequence:
+            content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"]]}
+        tokenizer = LlamaTokenizer(content)
+        assert tokenizer.add_tokens(["über"]) == 1
+        ids = tokenizer("x über é").tolist()
+        assert 50257 in ids
+        assert tokenizer.detokenize(ids) == "".join(tokenizer.detokenize_stream(ids)) == "x über é"
+
+    @pytest.mark.parametrize("special", [False, True])
+    @pytest.mark.parametrize("token", ["é", "Ġ", "Ġhello", "Ã©"])
+    def test_a_byte_is_not_taken_for_a_text(self, assets, token, special):
+        tokenizer = LlamaTokenizer(assets / "tokenizers/gpt2/tokenizer.json")
+        with pytest.raises(ValueError, match=rf"^tokens\[1\] = '{token}'; expected another token.*spells bytes so"):
+            tokenizer.add_tokens(["<x>", token], special=special)
+        assert tokenizer.vocabulary_size() == 50257 and tokenizer.special_token_ids == [50256]
+        assert tokenizer.add_tokens(["hello", "été"]) == 1  # letters that spell themselves are known
+
+    def test_a_byte_that_is_named_as_the_start_remains_a_byte(self, assets):
+        tokenizer = LlamaTokenizer(assets / "tokenizers/gpt2/tokenizer.json", start_token="é", end_token="Ċ")
+        for text in ("鄟", "é", "a\nb"):
+            ids = tokenizer(text).tolist()
+            assert tokenizer.detokenize(ids) == "".join(tokenizer.detokenize_stream(ids)) == text
+
+    def test_nothing_is_found_in_a_special_token_that_is_spelt(self):
+        tokenizer = tiny()
+        tokenizer.add_tokens("<bc>", special=True)
+        tokenizer.add_tokens(["<b", "c>"])
+        assert tokenizer("a<bc>").tolist() == [0, 3] and tokenizer("a<bc").tolist() == [0, 8, 2]
+
+    @pytest.mark.parametrize(
+        "tokens, error", [([5], TypeError), (["a", ""], ValueError), ([None], TypeError), (["\ud800x"], ValueError)]
+    )
     def test_what_is_no_token(self, tokens, error):
         with pytest.raises(error, match="tokens"):
             tiny().add_tokens(tokens)
@@ -406,8 +441,51 @@ class TestCheckpoints:
         assert tokenizer.token_to_id("<pad>") == 512 and tokenizer.vocabulary_size() == 513
         settings["added_tokens_decoder"]["600"] = {"content": "<x>"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        with pytest.raises(CheckpointError, match="'<x>' = 600; expected 513"):
+        fault = re.escape(f"{tmp_path}/tokenizer_config.json: id of the added token '<x>' = 600; expected 513")
+        with pytest.raises(CheckpointError, match=f"^{fault}"):
             LlamaTokenizer.from_preset(tmp_path)
+
+    IM_END = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "single_word": False}
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {"added_tokens.json": {"[PAD]": 32001, "<|im_end|>": 32000}},
+            {"added_tokens_decoder": {"32000": {**IM_END, "special": True}, "32001": {"content": "[PAD]"}}},
+            {"added_tokens_decoder": {"32000": {**IM_END, "normalized": True}, "32001": {"content": "[PAD]"}}},
+        ],
+    )
+    def test_named_tokens_may_be_added_ones(self, assets, tmp_path, files):
+        shutil.copyfile(assets / "tokenizers" / "llama2" / "tokenizer.model", tmp_path / "tokenizer.model")
+        settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "[PAD]", "legacy": False}
+        files = {"tokenizer_config.json": settings, **files}
+        if "added_tokens_decoder" in files:
+            settings["added_tokens_decoder"] = files.pop("added_tokens_decoder")
+        for name, content in files.items():
+            (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        tokenizer = LlamaTokenizer.from_preset(tmp_path, parse_special=True)
+        assert (tokenizer.end_token_id, tokenizer.pad_token_id) == (32000, 32001)
+        assert tokenizer.special_tokens == ["<unk>", "<s>", "</s>", "<|im_end|>", "[PAD]"]
+        # What transformers 5.23 makes of it.
+        assert tokenizer("hi<|im_end|>x [PAD]").tolist() == [7251, 32000, 29916, 29871, 32001]
+        text = LlamaTokenizer.from_preset(tmp_path)
+        assert not {32000, 32001} & set(text("hi<|im_end|>x [PAD]").tolist())
+        again = LlamaTokenizer.from_config(text.get_config())
+        text.save_assets(str(tmp_path))
+        again.load_assets(str(tmp_path))
+        assert again.get_config() == text.get_config() and again.special_tokens == text.special_tokens
+
+    def test_tokens_added_beside_a_vocab_json(self, assets, tmp_path):
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(assets / "tokenizers" / "gpt2" / name, tmp_path / name)
+        settings = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}', encoding="utf-8")
+        (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 50257, "<tool>": 50258}', encoding="utf-8")
+        tokenizer = LlamaTokenizer.from_preset(tmp_path)
+        assert (tokenizer.end_token_id, tokenizer.pad_token) == (50257, "<|endoftext|>")
+        assert tokenizer.special_tokens == ["<|endoftext|>", "<|im_end|>"]
+        assert tokenizer("hi<tool>")[-1] == 50258
 
     def test_special_tokens_by_id(self, tmp_path):
         config = {"bos_token_id": 5, "eos_token_id": [6, 0]}
@@ -636,6 +714,23 @@ class TestSaving:
     def test_pickle_and_copy(self):
         for again in (pickle.loads(pickle.dumps(tiny(**OPTIONS))), copy.deepcopy(tiny(**OPTIONS))):
             assert again("bc</s>").tolist() == [3, 6] and again.get_config() == tiny(**OPTIONS).get_config()
+
+    def test_a_llama2c_vocabulary_with_runs_of_spaces(self, tmp_path):
+        # Two ways to make three spaces, which look alike when joined by a space.
+        pieces = [("<unk>", 0), ("\n<s>\n", 0), ("\n</s>\n", 0), *((f"<0x{byte:02X}>", 0) for byte in range(256))]
+        pieces += [("  ", -1), ("   ", -2), (" ", -3), ("a", -4)]
+        entries = [struct.pack("<fi", score, len(piece)) + piece.encode() for piece, score in pieces]
+        path = tmp_path / "tokenizer.bin"
+        path.write_bytes(struct.pack("<I", 8) + b"".join(entries))
+        tokenizer = LlamaTokenizer(path)
+        ids = tokenizer("a    a").tolist()
+        assert 260 in tokenizer("  a")
+        tokenizer.save_to_preset(str(tmp_path / "preset"))
+        copies = [copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))]
+        vocabulary = pickle.loads(pickle.dumps(tokenizer._vocabulary))
+        assert vocabulary.encoder.encode("a    a", add_special_tokens=False).ids == ids
+        for again in (*copies, LlamaTokenizer.from_preset(tmp_path / "preset")):
+            assert again("a    a").tolist() == ids and again.get_vocabulary() == tokenizer.get_vocabulary()
 
     def test_special_spellings_stay_text_in_a_copy(self):
         # What a data loader does to its workers' tokenizer.

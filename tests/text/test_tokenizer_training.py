@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import tokenizers
@@ -147,6 +148,7 @@ def test_rare_characters_are_bytes():
         ((["a", b"b"], 300, "sentencepiece_bpe"), TypeError, r"texts\[1\] = b'b'"),
         ((["a"], 257), ValueError, "vocabulary_size = 257; expected at least 258"),
         ((["a"], 259, "sentencepiece_bpe"), ValueError, "vocabulary_size = 259; expected at least 260"),
+        ((["a"], 10**12), ValueError, "vocabulary_size = 1000000000000; expected at most 4194304"),
         ((["a"], 300.0), TypeError, "vocabulary_size = 300.0"),
         ((["a"], True), TypeError, "vocabulary_size = True"),
         ((["a"], 300, "unigram"), ValueError, "kind = 'unigram'"),
@@ -164,6 +166,7 @@ def test_wrong_arguments_are_named(arguments, error, message):
         ({"special_tokens": ["<s>", 1]}, TypeError, "special_tokens has 1"),
         ({"special_tokens": ["<s>", "<s>"]}, ValueError, "special_tokens has '<s>'"),
         ({"special_tokens": ["a"]}, ValueError, "special_tokens has 'a'"),
+        ({"special_tokens": ["\ud800x"]}, ValueError, "special_tokens has '.*ud800x'; expected text without"),
         ({"special_tokens": ["<unk>"]}, ValueError, "special_tokens has '<unk>'"),
         ({"special_tokens": ["<0x41>"]}, ValueError, "special_tokens has '<0x41>'"),
         ({"special_tokens": ["Ã©"]}, ValueError, "special_tokens has 'Ã©', which is also how"),
@@ -179,6 +182,16 @@ def test_wrong_options_are_named(options, error, message):
 def test_lone_surrogates_are_replaced():
     encoder = train_tokenizer(["a\ud800b"] * 5, 260)
     assert encoder.get_vocab() == train_tokenizer(["a\ufffdb"] * 5, 260).get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_bpe"])
+def test_the_work_for_a_long_word_is_linear(kind):
+    # As one word it takes twenty seconds.
+    text = "".join(random.Random(1).choices("abcdefghij", k=400_000))
+    start = time.monotonic()
+    encoder = train_tokenizer([text], 320, kind)
+    assert time.monotonic() - start < 5
+    assert encoder.decode(encoder.encode(text[:5000], add_special_tokens=False).ids) == text[:5000]
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_bpe"])

@@ -243,7 +243,7 @@ def test_a_generator_has_one_pass(model):
     model.fit(generate(), steps_per_epoch=3, epochs=2, verbose=0)
     assert read == slices(TEXTS) * 2
     # TensorFlow hides the class, not the message.
-    with pytest.raises(Exception, match="a generator that has ended"), pytest.warns(UserWarning, match="ran out of"):
+    with pytest.raises(Exception, match="a generator has ended"), pytest.warns(UserWarning, match="ran out of"):
         model.fit(generate(), epochs=2, verbose=0)
 
 
@@ -278,6 +278,46 @@ def test_a_row_that_is_refused_in_the_middle(model):
     with pytest.raises(Exception, match=r"texts\[2\] = None"):  # TensorFlow hides the class, not the message
         model.fit(Batches(batches), shuffle=False, verbose=0)
     assert np.isfinite(model.evaluate(TEXTS, batch_size=3, verbose=0)[0])
+
+
+@pytest.mark.parametrize("num_good", [0, 2])
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_a_model_survives_a_bad_batch(model, method, num_good):
+    """On JAX Keras takes the variables away while it runs, and would leave them away."""
+    before = model.get_weights()
+    batches = [["abcab", "ab", "ba"]] * num_good + [["ab", None, "a"]] * 3
+    with pytest.raises(Exception, match=r"texts\[1\] = None"):
+        getattr(model, method)(Batches(batches), verbose=0)
+    if method != "fit":
+        for old, new in zip(before, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(old, new)
+    assert np.isfinite(model.evaluate(TEXTS, batch_size=3, verbose=0)[0])
+    assert np.isfinite(model.fit(TEXTS, batch_size=3, verbose=0).history["loss"][0])
+
+
+def test_the_first_batch_of_all_is_bad():
+    model = build_model()
+    with pytest.raises(Exception, match=r"texts\[1\] = None"):
+        model.fit(Batches([["ab", "a"], ["a", None], ["a", None]]), shuffle=False, verbose=0)
+    assert np.isfinite(model.fit(TEXTS, batch_size=3, verbose=0).history["loss"][0])
+
+
+def test_what_a_batch_loses_is_said(model):
+    with pytest.warns(UserWarning, match="rows longer than .* were cut"):
+        prepare_batch(["abcabcabc"], model.preprocessor)
+    with pytest.warns(UserWarning, match="no label that the loss counts"):
+        prepare_batch({"messages": [[{"role": "user", "content": "ab"}]]}, model.preprocessor)
+
+
+def test_a_pipeline_of_single_samples(model):
+    tf = pytest.importorskip("tensorflow", reason="a tf.data pipeline needs TensorFlow")
+    with pytest.raises(ValueError, match=r"Call batch\(\)"):
+        model.fit(tf.data.Dataset.from_tensor_slices(TEXTS))
+
+
+def test_ids_without_a_row(model):
+    with pytest.raises(Exception, match="token id 5; expected ids from 0 to 4"):
+        model.evaluate(Batches([np.array([[1, 5, 0]])]), verbose=0)
 
 
 def test_arguments_that_batches_bring_themselves(model):
@@ -320,6 +360,7 @@ A = np.zeros((2, 3), "int32")
         ([A, A], (A, A, None)),
         ([[[1, 2], [3, 4]]], ([[1, 2], [3, 4]], None, None)),
         (PAIRS, None),
+        (CHATS["messages"][:2], None),
         ((PAIRS,), (PAIRS, None, None)),
         ([{"prompt": "a", "response": "b"}], None),
         (({"token_ids": A}, A), ({"token_ids": A}, A, None)),

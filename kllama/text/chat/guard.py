@@ -12,7 +12,7 @@ list counts twice, so lists of lists cannot double their way to a size that only
 import datetime
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
 from jinja2.utils import Namespace
@@ -28,6 +28,9 @@ MAX_INT_BITS = 64
 MAX_RANGE = 2**16
 MAX_NEEDLE = 64
 MAX_MESSAGE = 2000
+MAX_FORMATTED = 512  # what one field of % may add to the size of its value: a width, or the digits of a float
+# All of what % may be asked for. Python looks for the end of a key by counting parentheses, so a key has none.
+PERCENT = re.compile(r"(?:[^%]|%%|%(?:\([^()]*\))?[-+ #0]{0,5}\d{0,2}(?:\.\d{0,2})?[sdif])*+")
 # In units of the largest value: what all values of one rendering may add up to, and what it may write. Text in a macro
 # or a captured block is written there, and again where it is used.
 MAX_MADE = 64
@@ -101,10 +104,12 @@ class Guard:
         input_size: int. Characters of the template and of what it is given. No value may become larger than four
             times that and 64 Ki.
         now: the time that `strftime_now` tells.
+        restore_marks: function that puts the marks back into what `repr` or JSON has written.
     """
 
-    def __init__(self, input_size: int, now: datetime.datetime):
+    def __init__(self, input_size: int, now: datetime.datetime, restore_marks: Callable[[str], str] = unescape_marks):
         self.now = now
+        self.restore_marks = restore_marks
         self.max_size = 4 * input_size + 2**16
         self.steps_left = MAX_STEPS
         self.made_left = MAX_MADE * self.max_size
@@ -164,6 +169,8 @@ class Guard:
         """Return the size of a value, every part counted as often as it stands there."""
         if type(value) is str:
             return len(value)
+        if type(value) is int:
+            return 8 + value.bit_length() // 3
         if type(value) not in CONTAINERS:
             return 8
         if (known := self._sizes.get(id(value))) is not None:
@@ -209,7 +216,7 @@ class Guard:
         if type(value) not in CONTAINERS:
             raise Refused(f"the text of a {type(value).__name__}")
         self.touch(value)
-        text = unescape_marks(repr(value))
+        text = self.restore_marks(repr(value))
         self.reserve(len(text))
         return text
 
@@ -277,9 +284,10 @@ class Guard:
             return self.format_percent(left, values)
         if not (isinstance(left, NUMBERS) and isinstance(right, NUMBERS)):
             return self._mismatch(operator, left, right)
+        left, right = bounded(left), bounded(right)
         if operator == "**" and isinstance(left, int) and abs(right) > MAX_INT_BITS:
             raise TooExpensive(f"{operator} with an exponent of more than {MAX_INT_BITS}")
-        return _bounded(function(left, right))
+        return bounded(function(left, right))
 
     def _mismatch(self, operator, left, right):
         if operator == "*":
@@ -288,15 +296,16 @@ class Guard:
 
     def format_percent(self, template: str, values) -> str:
         """Return `template % values`, for `%s`, `%d`, `%i` and `%f` with a width of at most two digits."""
-        specs = re.findall(r"%(\([^()]*\))?([^a-zA-Z%]*)(.?)", template, re.DOTALL)
-        if any(kind not in ("s", "d", "i", "f", "%") or re.search(r"\*|\d{3}", width) for _, width, kind in specs):
+        if PERCENT.fullmatch(template) is None:
             raise Refused("% with anything but %s, %d, %i and %f, of a width of at most 99")
+        fields = template.count("%")
         if isinstance(values, dict):
             values = {name: self._scalar(value) for name, value in values.items()}
-            self.reserve(len(template) + len(specs) * (198 + max(map(self.size, values.values()), default=0)))
+            largest = max(map(self.size, values.values()), default=0)
+            self.reserve(len(template) + fields * (MAX_FORMATTED + largest))
         else:
             values = tuple(self._scalar(value) for value in values)
-            self.reserve(len(template) + 198 * len(specs) + sum(map(self.size, values)))
+            self.reserve(len(template) + fields * MAX_FORMATTED + sum(map(self.size, values)))
         return self.made(template % values)
 
     def _scalar(self, value):
@@ -368,7 +377,8 @@ def _parts(value):
     return (part for pair in value.items() for part in pair) if type(value) is dict else value
 
 
-def _bounded(number):
+def bounded(number):
+    """Return a number that is not too long to compute with; a longer integer raises `TooExpensive`."""
     if isinstance(number, int) and number.bit_length() > MAX_INT_BITS:
         raise TooExpensive(f"an integer of more than {MAX_INT_BITS} bits")
     return number

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kllama.errors import CheckpointError
+from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.inputs import as_texts
 
 BREAK = "\ufdd0"  # inside a spelling of a special token that is only text
@@ -22,6 +22,8 @@ SPAN_START = "\ufdd2"  # around what {% generation %} encloses
 SPAN_END = "\ufdd3"
 TOKEN_START = "\ufdd4"  # around a special token that the template wrote, in the text for the tokenizer
 TOKEN_END = "\ufdd5"
+EXACT_START = "\ufdd6"  # the same, for one that the rules of the tokenizer would not find
+EXACT_END = "\ufdd7"
 
 # Of one special token and of all of them: every beginning and every end of each is kept.
 MAX_LENGTH = 256
@@ -55,15 +57,19 @@ class Marker:
 
     Raises:
         CheckpointError: they are too long, one of them or all together, to be looked for.
+        UnsupportedError: one of them begins or ends with white space.
     """
 
     def __init__(self, special_tokens: Iterable[str]):
         self.tokens = sorted(set(special_tokens) - {""}, key=len, reverse=True)
         _check_lengths(self.tokens)
+        _check_ends(self.tokens)
         self._inner = _inner_pattern(self.tokens)
         self._own = re.compile("|".join(_own_pattern(token) for token in self.tokens)) if self.tokens else None
         self._heads = {token[:length] for token in self.tokens for length in range(1, len(token))}
         self._tails = {token[length:] for token in self.tokens for length in range(1, len(token))}
+        # A backslash is in what JSON or repr writes of a string, and need not be in the string.
+        self._escaped = _inner_pattern([token for token in self.tokens if "\\" in token])
         self._longest = len(self.tokens[0]) if self.tokens else 0
 
     def mark(self, text: str, edges: bool = True) -> str:
@@ -80,6 +86,11 @@ class Marker:
         head = BREAK if any(body[:length] in self._tails for length in range(1, self._longest)) else ""
         tail = BREAK if any(body[-length:] in self._heads for length in range(1, self._longest)) else ""
         return marked[:start] + head + body + tail + marked[start + len(body) :]
+
+    def restore(self, literal: str) -> str:
+        """Put the marks back into what `repr` or JSON has written, also where it has just spelt a special token."""
+        literal = unescape_marks(literal)
+        return literal if self._escaped is None else self._escaped.sub(_break, literal)
 
     def own_tokens(self, text: str) -> list[tuple[int, int]]:
         """Return where a marked text spells special tokens without a mark."""
@@ -102,6 +113,16 @@ def _check_lengths(tokens):
         raise CheckpointError(
             f"tokenizer: {len(tokens)} special tokens have {total} characters; expected at most {MAX_TOTAL_LENGTH}."
         )
+
+
+def _check_ends(tokens):
+    """Refuse what white space at an end of a string could complete: a mark there would keep it from being stripped."""
+    for token in tokens:
+        if token != token.strip():
+            raise UnsupportedError(
+                f"tokenizer: special token {token!r} begins or ends with white space; expected none there, as a chat "
+                "could not tell it from text. Take it out of the special tokens."
+            )
 
 
 class Unmarked(NamedTuple):

@@ -44,9 +44,11 @@ def _copy_message(message, path, mark):
     if role not in ROLES:
         raise ValueError(f"{path}['role'] = {reprlib.repr(role)}; expected one of {', '.join(ROLES)}.")
     content = message.get("content")
-    copied = copy_json({key: value for key, value in message.items() if key not in ("role", "content")}, path, mark)
+    # What is None is left out, as Hugging Face does: templates ask what is defined, and would write "None".
+    others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    copied = copy_json(others, path, mark)
     copied = {"role": role, **copied}
-    if "content" in message:
+    if content is not None:
         copied["content"] = _copy_content(content, role, f"{path}['content']", mark)
     _check_calls(copied, path)
     if content is None and not (role == "assistant" and copied.get("tool_calls")):

@@ -16,15 +16,24 @@ from jinja2.filters import FILTERS
 from jinja2.runtime import Undefined
 from jinja2.tests import TESTS
 
-from kllama.text.chat.guard import CONTAINERS, MAX_NEEDLE, SCALARS, VALUES, Guard, Operation, Refused, TooExpensive
-from kllama.text.chat.marks import unescape_marks
+from kllama.text.chat.guard import (
+    CONTAINERS,
+    MAX_NEEDLE,
+    SCALARS,
+    VALUES,
+    Guard,
+    Operation,
+    Refused,
+    TooExpensive,
+    bounded,
+)
 
 MAX_INDENT = 16
 MAX_SEPARATOR = 16
 MAX_PRECISION = 20
 
 # Jinja's own, by what they ask for as their first argument.
-PLAIN_FILTERS = "abs count d default dictsort float int items length".split()
+PLAIN_FILTERS = "count d default dictsort float items length".split()
 TEXT_FILTERS = "capitalize lower title upper wordcount".split()
 ENVIRONMENT_FILTERS = "first last max min sort unique".split()
 CONTEXT_FILTERS = "map reject rejectattr select selectattr".split()
@@ -93,7 +102,7 @@ def tojson(guard: Guard, value, ensure_ascii=False, indent=None, separators=None
         text = encoder.encode(value)
     else:
         text = _encode_stepwise(guard, encoder, value)
-    text = unescape_marks(text)
+    text = guard.restore_marks(text)
     guard.reserve(len(text))
     return text
 
@@ -118,7 +127,19 @@ def round_number(guard: Guard, value, precision=0, method="common"):
     """Round a number."""
     if not isinstance(precision, int) or abs(precision) > MAX_PRECISION:
         raise TooExpensive(f"round({guard.text(precision)})")
-    return FILTERS["round"](value, precision, method)
+    return bounded(FILTERS["round"](value, precision, method))
+
+
+def absolute(guard: Guard, value):
+    """Return a number without its sign."""
+    return bounded(FILTERS["abs"](value))
+
+
+def integer(guard: Guard, value, default=0, base=10):
+    """Return what a text or a number is as an integer."""
+    if type(value) is str and len(value) > MAX_NEEDLE:
+        raise TooExpensive(f"int of a text of {len(value)} characters; expected at most {MAX_NEEDLE}")
+    return bounded(FILTERS["int"](value, default, base))
 
 
 def add_up(guard: Guard, values, attribute=None, start=0):
@@ -128,7 +149,7 @@ def add_up(guard: Guard, values, attribute=None, start=0):
     numbers = guard.collect(values)
     if not all(isinstance(number, int | float) for number in (*numbers, start)):
         raise TypeError("sum of anything but numbers")
-    return sum(numbers, start)
+    return bounded(sum(numbers, start))
 
 
 def trim(guard: Guard, value, chars=None) -> str:
@@ -142,8 +163,10 @@ def format_filter(guard: Guard, template, *args, **kwargs) -> str:
 
 
 OWN_FILTERS: dict[str, Callable] = {
+    "abs": absolute,
     "format": format_filter,
     "indent": indent,
+    "int": integer,
     "join": join,
     "list": Guard.collect,
     "replace": replace,

@@ -9,7 +9,7 @@ is allowed. `chat` calls this module; it knows nothing of messages.
 import contextlib
 import datetime
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jinja2
 from jinja2 import nodes
@@ -25,10 +25,11 @@ from kllama.text.chat.guard import (
     Refused,
     TemplateRaised,
     TooExpensive,
+    bounded,
     guard_globals,
     loop_attribute,
 )
-from kllama.text.chat.marks import SPAN_END, SPAN_START, strip_marks
+from kllama.text.chat.marks import SPAN_END, SPAN_START, strip_marks, unescape_marks
 from kllama.text.chat.operations import (
     FILTER_NAMES,
     METHODS,
@@ -71,13 +72,20 @@ class CompiledTemplate:
             self._code = self._environment.compile(source)
         self.uses_generation: bool = self._environment.uses_generation
 
-    def run(self, variables: Mapping, input_size: int, now: datetime.datetime) -> str:
+    def run(
+        self,
+        variables: Mapping,
+        input_size: int,
+        now: datetime.datetime,
+        restore_marks: Callable[[str], str] = unescape_marks,
+    ) -> str:
         """Render the template.
 
         Args:
             variables: what the template sees, made of plain JSON values.
             input_size: int. Characters of the variables.
             now: the time that `strftime_now` tells.
+            restore_marks: function that puts the marks back into what `repr` or JSON has written.
 
         Returns:
             The text, with the marks of the generation blocks in it.
@@ -86,7 +94,7 @@ class CompiledTemplate:
             ValueError: the template itself has refused the variables.
             CheckpointError: the template fails, reaches for what it may not have, or is too expensive.
         """
-        guard = Guard(input_size + self.size, now)
+        guard = Guard(input_size + self.size, now, restore_marks)
         environment = self._environment.overlay()
         environment.guard = guard
         environment.filters = guarded_filters(guard, environment)
@@ -247,6 +255,8 @@ def _check_tree(tree: nodes.Template) -> None:
         if table is not None and node.name not in table:
             known = ", ".join(sorted(table))
             raise jinja2.TemplateSyntaxError(f"{kind.lower()} {node.name!r}; expected one of {known}", node.lineno)
+        if isinstance(node, nodes.Const):
+            bounded(node.value)
         if isinstance(node, nodes.Name):
             names.add(node.name)
             if len(names) > MAX_NAMES:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kllama.errors import CheckpointError
 from kllama.text.chat.marks import CUT, Unmarked, clean_text, marker_of, split_marks, strip_marks
 from kllama.text.chat.messages import copy_dicts, copy_json, copy_messages
 from kllama.text.chat.sandbox import CompiledTemplate
@@ -106,9 +107,11 @@ class ChatTemplate:
 
         Raises:
             TypeError: an argument is of the wrong type.
-            ValueError: the messages have the wrong form, the template refuses them, or it does not show where the
-                assistant wrote.
-            CheckpointError: the template fails, or is too expensive; or the special tokens are too long.
+            ValueError: the messages have the wrong form, the template refuses them, or never mentions the tools, tool
+                calls or documents that they come with; a key spells a special token; or the template does not show
+                where the assistant wrote.
+            CheckpointError: the template fails, or is too expensive; or the special tokens are too long, or have
+                white space at an end.
         """
         if add_generation_prompt and continue_final_message:
             raise ValueError("add_generation_prompt = continue_final_message = True; expected one of them at most.")
@@ -118,7 +121,13 @@ class ChatTemplate:
         marker = marker_of(tuple(special_tokens))
 
         def mark(text, is_name):
-            return marker.mark(clean_text(text), edges=not is_name)
+            marked = marker.mark(clean_text(text), edges=not is_name)
+            if is_name and marked != text:
+                raise ValueError(
+                    f"key {text!r}: it spells a special token of the tokenizer, so the chat template could not look it "
+                    "up; expected another key."
+                )
+            return marked
 
         conversation = _Conversation(
             self._compiled,
@@ -133,6 +142,7 @@ class ChatTemplate:
             },
             datetime.datetime.now(),  # one time for all renderings of this call
         )
+        self._refuse_what_it_drops(conversation.messages, conversation.variables)
         whole = conversation.render(add_generation_prompt, continue_final_message)
         spans = None
         if find_assistant and self._compiled.uses_generation:
@@ -140,6 +150,18 @@ class ChatTemplate:
         elif find_assistant:
             spans = conversation.find_assistant(whole, ends_with_message=not add_generation_prompt)
         return RenderedChat(whole.text, whole.tokens, spans)
+
+    def _refuse_what_it_drops(self, messages: list[dict], variables: dict) -> None:
+        """Raise a ValueError for what the template never mentions, and so would leave out without a word."""
+        for name in ("tools", "documents"):
+            if variables[name] and name not in self.source:
+                raise ValueError(f"{name}: the chat template knows none; expected None, or another template.")
+        calls = [index for index, message in enumerate(messages) if message.get("tool_calls")]
+        if calls and "tool_calls" not in self.source:
+            raise ValueError(
+                f"messages[{calls[0]}]['tool_calls']: the chat template knows no tool calls; expected a content alone, "
+                "or another template."
+            )
 
 
 @functools.lru_cache(maxsize=16)
@@ -187,7 +209,9 @@ class _Conversation:
 
     def _run(self, messages, add_generation_prompt=False):
         variables = {**self.variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        return self.compiled.run(variables, len(json.dumps(variables, ensure_ascii=False)), self.now)
+        return self.compiled.run(
+            variables, len(json.dumps(variables, ensure_ascii=False)), self.now, self.marker.restore
+        )
 
     def find_assistant(self, whole: Unmarked, ends_with_message: bool) -> Spans:
         """Return where the assistant wrote, from what each of its messages adds to the text.
@@ -208,8 +232,10 @@ class _Conversation:
                 try:
                     before = strip_marks(self._run(self.messages[:index], add_generation_prompt=True))
                     after = whole.text if is_whole else strip_marks(self._run(self.messages[: index + 1]))
+                except CheckpointError:
+                    raise
                 except ValueError as error:
-                    raise _no_spans(index, f"fails on the messages up to there: {error}") from error
+                    raise _no_spans(index, f"refuses the messages up to there: {error}") from error
                 if not (after.startswith(before) and whole.text.startswith(after)):
                     raise _no_spans(index, "writes the messages up to there otherwise than in the whole conversation")
                 spans.append((len(before), _end_of_turn(whole, len(before), len(after))))

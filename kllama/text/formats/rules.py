@@ -61,6 +61,12 @@ def read_rules(encoder: tokenizers.Tokenizer) -> dict:
     return {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
 
 
+def decoder_parts(encoder: tokenizers.Tokenizer) -> list[dict]:
+    """Return the steps of an encoder's decoder as JSON, none where it has no decoder."""
+    decoder = encoder.decoder
+    return [] if decoder is None else flat(json.loads(decoder.__getstate__()), "decoders")
+
+
 def sequence(parts: list[dict], kind: str) -> dict | None:
     """Join rules of one kind, `"normalizers"`, `"pretokenizers"`, `"decoders"` or `"processors"`, into one."""
     if len(parts) < 2:

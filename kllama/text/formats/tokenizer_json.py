@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 
 import tokenizers
+from tokenizers import models
 
 from kllama.checkpoints.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
@@ -50,9 +51,7 @@ def open_json(
         with rust_errors(f"{name}: not a valid tokenizer.json"):
             encoder = tokenizers.Tokenizer.from_str(json.dumps({**content, **changed}))
     _split_words(encoder, changed, content["model"])
-    # Settings of a call that happen to be saved with the rules. Cutting text is not a rule.
-    encoder.no_truncation()
-    encoder.no_padding()
+    _drop_settings(encoder)
     _check_ids(encoder, content, name)
     _check_merges(content, name)
     start_token, adds_start_token = _start(rules["post_processor"], encoder, name)
@@ -100,11 +99,20 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
 def _split_words(encoder: tokenizers.Tokenizer, rules: dict, model: dict) -> None:
     """Give the rules of SentencePiece that split nothing their split at word starts: the same ids, much sooner."""
     marks = [part["content"] for part in flat(rules["normalizer"], "normalizers") if part == replace(SPACE, MARK)]
-    plain = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if marks and rules["pre_tokenizer"] is None and model["type"] == "BPE" and not any(map(model.get, plain)):
+    plain = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+    is_plain = isinstance(encoder.model, models.BPE) and not any(map(model.get, plain))
+    if marks and rules["pre_tokenizer"] is None and is_plain:
         for part in word_splits(MARK, model["vocab"], bool(model.get("byte_fallback"))):
             pattern = tokenizers.Regex(part["pattern"]["Regex"])
             encoder.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "merged_with_next")
+
+
+def _drop_settings(encoder: tokenizers.Tokenizer) -> None:
+    """Forget settings of a call, or of a training, that happen to be saved with the rules."""
+    encoder.no_truncation()
+    encoder.no_padding()
+    if isinstance(encoder.model, models.BPE):
+        encoder.model.dropout = None  # It leaves out merges at random, to vary what a model is trained on.
 
 
 def _check_ids(encoder: tokenizers.Tokenizer, content: dict, name: str) -> None:
@@ -128,15 +136,16 @@ def _check_ids(encoder: tokenizers.Tokenizer, content: dict, name: str) -> None:
 def _check_merges(content: dict, name: str) -> None:
     seen = set()
     for merge in content["model"].get("merges") or ():
-        pair = merge if isinstance(merge, str) else " ".join(merge)
+        # Tokens of a list may hold spaces, so that joining them would make equals of different pairs.
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
         if pair in seen:
-            raise CheckpointError(f"{name}: model.merges has {pair!r} twice; expected each pair once.")
+            raise CheckpointError(f"{name}: model.merges has {shown(merge)} twice; expected each pair once.")
         seen.add(pair)
 
 
 def _start(post_processor: dict | None, encoder: tokenizers.Tokenizer, name: str) -> tuple[str | None, bool | None]:
     """Return the token that the post-processor puts before a text, and whether it puts one; `None` if it is silent."""
-    beginnings = [_beginning(part) for part in flat(post_processor, "processors")]
+    beginnings = [_beginning(part, name) for part in flat(post_processor, "processors")]
     beginnings = [beginning for beginning in beginnings if beginning is not None]
     if not beginnings:
         return None, None
@@ -149,7 +158,7 @@ def _start(post_processor: dict | None, encoder: tokenizers.Tokenizer, name: str
     return (tokens[0], True) if tokens else (None, False)
 
 
-def _beginning(part: dict) -> list[str] | None:
+def _beginning(part: dict, name: str) -> list[str] | None:
     """Return the tokens that a post-processor puts before a single text, `None` for one that never adds any."""
     if part["type"] in ("BertProcessing", "RobertaProcessing"):
         return [part["cls"][0]]
@@ -159,5 +168,10 @@ def _beginning(part: dict) -> list[str] | None:
     for piece in part["single"]:
         if "SpecialToken" not in piece:
             break
-        tokens += part["special_tokens"][piece["SpecialToken"]["id"]]["tokens"]
+        token = piece["SpecialToken"]["id"]
+        if token not in part["special_tokens"]:
+            raise CheckpointError(
+                f"{name}: post_processor.single has {shown(token)}; expected one of its special_tokens."
+            )
+        tokens += part["special_tokens"][token]["tokens"]
     return tokens

@@ -140,13 +140,14 @@ def _add_tokens(encoder: tokenizers.Tokenizer, path: Path) -> None:
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     try:
         tokens = {int(token_id): dict(token) for token_id, token in listed.items()}
+        # One that is missing is false; "normalized" is true for a token that is not special.
         added = [
-            tokenizers.AddedToken(tokens[token_id]["content"], **{name: bool(tokens[token_id][name]) for name in flags})
-            for token_id in sorted(tokens)
+            tokenizers.AddedToken(token["content"], **{name: bool(token[name]) for name in flags if name in token})
+            for _, token in sorted(tokens.items())
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: added_tokens_decoder = {shown(listed)}; expected objects of content, {', '.join(flags)} by id."
+            f"{path}: added_tokens_decoder = {shown(listed)}; expected objects of content and flags by id."
         ) from error
     encoder.add_tokens(added)
     for token_id, token in zip(sorted(tokens), added, strict=True):

@@ -94,6 +94,10 @@ EXPENSIVE = {
     "deep attributes": "{{ x" + ".a" * 5000 + " }}",
     "deep sum": "{{ 1" + " + 1" * 5000 + " }}",
     "deep blocks": "{% if x %}" * 3000 + "{% endif %}" * 3000,
+    "integer of a text": LONG + "{{ ns.x | replace('x', 'f') | int(base=16) }}",
+    "integer of 192 bits": "{{ 'ffffffffffffffffffffffffffffffffffffffffffffffff' | int(base=16) }}",
+    "integer of a float": "{{ 1e300 | int }}",
+    "literal": "{{ 0x" + "f" * 1000 + " }}",
     "tokens": "{{ x }}" * 100_000,
     "names": "".join(f"{{% set x{i} = 1 %}}" for i in range(2000)),
     "source": "{# #}" + "x" * 2**20,
@@ -104,6 +108,10 @@ REFUSED = {
     "product of a list": "{{ [1] * 500000000 }}",
     "width of %": "{{ '%500000000d' % 1 }}",
     "width in the arguments of %": "{{ '%*d' % (500000000, 1) }}",
+    "key with parentheses": "{{ '%(1(%)2)399999999s' % {'1(%)2': 'x'} }}",
+    "conversion behind a key with parentheses": "{{ '%(1(%)2)r' % {'1(%)2': 'x'} }}",
+    "conversion": "{{ '%r' % 'x' }}",
+    "end of %": "{{ '%5' % 1 }}",
     "width of the format filter": "{{ '%500000000s' | format('x') }}",
     "ljust": "{{ 'x'.ljust(500000000) }}",
     "zfill": "{{ 'x'.zfill(500000000) }}",
@@ -180,6 +188,7 @@ def test_what_templates_may_not_do(source):
         ("{{ '' + none }}", "line 1: TypeError: "),
         ("\n{{ 'x'.center(3) }}", "line 2: str.center: not allowed"),
         ("{{ " + "1" * 5000 + " }}", "Exceeds the limit"),
+        (LONG + "{{ ns.x | int(base=36) }}", "int of a text of 32768 characters; expected at most 64"),
     ],
 )
 def test_faults_are_told_with_their_line(source, message):
@@ -199,6 +208,20 @@ def test_large_values_are_refused_before_they_are_made(value):
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "operation", ["big ** 8", "big // 7", "1 + big", "big | abs", "[big] | sum", "big | int", "1e30 | round | int"]
+)
+def test_a_large_integer_is_not_computed_with(operation):
+    with pytest.raises(CheckpointError, match="an integer of more than 64 bits"):
+        ChatTemplate("{{ " + operation + " }}").render(MESSAGES, variables={"big": 2**65})
+
+
+def test_a_large_integer_is_written():
+    assert ChatTemplate("{{ big }}{{ [big] | tojson }}").render(MESSAGES, variables={"big": 2**65}).text == (
+        f"{2**65}[{2**65}]"
+    )
 
 
 def test_a_fault_of_the_step_limit(monkeypatch):
@@ -272,6 +295,8 @@ def plain_jinja(source: str, variables: dict) -> str:
         "{{ messages[1:] | length }}{{ messages[::-1][0].role }}{{ 'abc'[1:] }}{{ 'abc'[-1] }}{{ [1] + [2] }}",
         "{{ 7 // 2 }}{{ 7 % 4 }}{{ 2 ** 5 }}{{ -3 | abs }}{{ 7 / 2 }}{{ '3' | int + 1 }}{{ 2.567 | round(1) }}",
         "{{ '%s is %d, %.2f%%' % ('x', 3, 1.5) }}{{ '%s' | format('y') }}{{ '{0:>4}'.format('z') }}",
+        "{{ '%-4d|%+d|%5s' | format(1, 2, 'x') }}{{ '%(a)s|%(b%c)05.1f%%' % {'a': 1, 'b%c': 2.25} }}",
+        "{{ '7f' | int(base=16) }}{{ 'x' | int(3) }}{{ ' 4 ' | int }}{{ [1, 2] | sum }}{{ 2.5 | abs }}{{ -2 | abs }}",
         "{% set ns = namespace(l=[]) %}{% for i in range(3) %}{% set ns.l = ns.l + [i] %}{% endfor %}{{ ns.l }}",
         "{% set x = 1 %}{% for i in [1] %}{% set x = 2 %}{% endfor %}{{ x }}{% with y = 3 %}{{ y }}{% endwith %}",
         "{% macro m(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m(1) }}{{ m(1, 3, 4, c=5) }}",

@@ -87,7 +87,7 @@ def test_added_special_tokens_count_at_once(llama3, assets):
 
 def test_several_templates():
     tokens = {"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}
-    tokenizer = LlamaTokenizer(tokens, chat_template={"default": "{{ 'a' }}", "tool_use": "{{ 'b' }}"})
+    tokenizer = LlamaTokenizer(tokens, chat_template={"default": "{{ 'a' }}", "tool_use": "{{ 'b' if tools }}"})
     assert tokenizer.apply_chat_template(HELLO, tokenize=False) == "a"
     tool = {"type": "function", "function": {"name": "f"}}
     assert tokenizer.apply_chat_template(HELLO, tools=[tool], tokenize=False) == "b"

@@ -60,6 +60,35 @@ def test_a_start_token_that_does_not_exist():
         opened(start_template("<bos>", 1))
 
 
+def test_a_start_token_that_the_template_does_not_explain():
+    broken = template(START, TEXT)
+    del broken["special_tokens"]["<s>"]
+    with pytest.raises(CheckpointError, match='post_processor.single has "<s>"; expected one of its special_tokens'):
+        opened(broken)
+
+
+def test_a_model_without_its_type():
+    model = {key: value for key, value in MODEL.items() if key != "type"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    assert open_vocabulary({"model": model, "normalizer": replace}).encoder.encode("a").ids == [0]
+
+
+def test_merges_of_tokens_with_spaces():
+    vocab = {" ": 0, "  ": 1, "   ": 2}
+    merges = [[" ", " "], ["  ", " "], [" ", "  "]]
+    content = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    assert open_vocabulary(content).encoder.encode("   ").ids == [2]
+    merges.append(["  ", " "])
+    with pytest.raises(CheckpointError, match="twice"):
+        open_vocabulary(content)
+
+
+def test_dropout_is_a_setting_of_training():
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "dropout": 0.5}
+    encoder = open_vocabulary({"model": model}).encoder
+    assert {tuple(encoder.encode("ab").ids) for _ in range(40)} == {(2,)}
+
+
 @pytest.mark.parametrize(
     "source, expected",
     [
@@ -90,7 +119,6 @@ def test_the_split_at_word_starts_changes_no_id(assets, folder, random_texts):
     "change",
     [
         {"ignore_merges": True},
-        {"dropout": 0.5},
         {"vocab": {"a": 0, "\u2581": 1, "a\u2581": 2}, "merges": ["a \u2581"]},
         {"byte_fallback": False, "vocab": {"a": 0}},
     ],

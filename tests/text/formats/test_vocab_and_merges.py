@@ -77,6 +77,14 @@ class TestClasses:
             opened, "<|im_start|>", as_text=True
         )
 
+    @pytest.mark.parametrize("flags, normalized", [({}, True), ({"special": True}, False), ({"rstrip": True}, True)])
+    def test_flags_that_are_missing(self, tmp_path, flags, normalized):
+        added = {"260": {"content": "<|new|>", **flags}}
+        encoder = open_vocabulary(write(tmp_path, config={"added_tokens_decoder": added})).encoder
+        token = encoder.get_added_tokens_decoder()[260]
+        received = {name: getattr(token, name) for name in FLAGS}
+        assert received == {**dict.fromkeys(FLAGS, False), "normalized": normalized, **flags}
+
     def test_keras_hub_llama3(self, tmp_path):
         special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|im|x|>"]
         vocab = {**BYTES, "ab": 256, "123": 257, **{token: 258 + place for place, token in enumerate(special)}}
@@ -95,7 +103,7 @@ class TestClasses:
 
     @pytest.mark.parametrize(
         "added",
-        [[], {"x": {}}, {"259": 3}, {"259": {"content": "<|endoftext|>"}}, {"3": {"content": "<|new|>", **FLAGS}}],
+        [[], {"x": {}}, {"259": 3}, {"259": {"special": True}}, {"3": {"content": "<|new|>", **FLAGS}}],
     )
     def test_added_tokens_that_are_wrong(self, tmp_path, added):
         with pytest.raises(CheckpointError, match="tokenizer_config.json"):
