@@ -1,4 +1,7 @@
-"""Shared fixtures. `KERAS_BACKEND` chooses the backend of a run, and `python -m tests` runs the suite on all three."""
+"""Shared fixtures. `KERAS_BACKEND` chooses the backend of a run, and `python -m tests` runs the suite on all three.
+
+With `WITHOUT_TENSORFLOW=1` a run cannot import TensorFlow, and what needs it skips.
+"""
 
 import os
 from pathlib import Path
@@ -6,6 +9,11 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import pytest
+
+if os.environ.get("WITHOUT_TENSORFLOW"):
+    from tests.blocking import block_tensorflow
+
+    block_tensorflow()
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 

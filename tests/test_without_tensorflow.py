@@ -12,27 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SESSION = """
 import sys
 
-BLOCKED = {"tensorflow", "tensorflow_text", "tf_keras", "tensorflow_datasets"}
-asked = set()
+from tests.blocking import BLOCKED, block_tensorflow
 
-
-class Without:
-    "A meta-path finder that finds what another one does, but for TensorFlow."
-
-    def __init__(self, finder):
-        self._finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self._finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            asked.add(name)
-            return None
-        return self._finder.find_spec(name, path, target)
-
-
-sys.meta_path[:] = map(Without, sys.meta_path)
+asked = block_tensorflow()
 
 import numpy as np
 import keras
@@ -57,11 +39,22 @@ token_ids = np.array([[4, 3, 3, 5], [4, 1, 5, 0]], "int32")
 ids = {"token_ids": token_ids, "padding_mask": token_ids > 0}
 second = model.fit(ids, batch_size=2, verbose=0).history["loss"]
 results = model.evaluate(texts, verbose=0, return_dict=True)
-assert np.all(np.isfinite([*first, *second, *results.values()])), (first, second, results)
+third = model.fit({"prompts": ["ab", "a"], "responses": ["b", "ba"]}, verbose=0).history["loss"]
+fourth = model.fit((batch for batch in [texts, texts[:2]]), verbose=0).history["loss"]
+assert np.all(np.isfinite([*first, *second, *third, *fourth, *results.values()])), (first, second, results)
 print("trained", sorted(results))
 
 text = model.generate("ab", max_new_tokens=4, temperature=0.0)
 assert text.startswith("ab"), text
+assert "".join(tokenizer.detokenize_stream([3, 1])) == tokenizer.detokenize([3, 1])
+tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "a"}]
+assert tokenizer.apply_chat_template(chat).tolist() == [4, 3, 5, 1, 5]
+model.fit({"messages": chat}, verbose=0)
+model.generate(chat[:1], max_new_tokens=2)
+assert tokenizer.add_tokens("c") == 1
+model.resize_vocabulary(7)
+text = model.generate("ab", max_new_tokens=4, temperature=0.0)
 print("generated")
 
 model.save_to_preset(sys.argv[1])

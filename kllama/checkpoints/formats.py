@@ -49,21 +49,21 @@ def open_tokenizer(handle: str | os.PathLike):
     """Open what a checkpoint says about its tokenizer; beside it the weights of a model may be missing.
 
     Args:
-        handle: as of `open_checkpoint`, or a directory that holds tokenizer files alone.
+        handle: as of `open_checkpoint`, or a directory that holds tokenizer files alone, or the file of a vocabulary.
 
     Returns:
         An object with the attributes `path`, `tokenizer_config`, `preprocessor_config` and `backbone_config`, the last
         one empty where the files do not say how large the model's vocabulary is.
 
     Raises:
-        MissingFileError: if there is nothing of that name, or no tokenizer.
-        UnsupportedError: if the format is not one that kllama reads.
+        MissingFileError: if there is nothing of that name, or a preset without a tokenizer.
+        UnsupportedError: if a preset holds another class.
         CheckpointError: if a file is damaged, or does not fit the others.
     """
     path = _locate(handle)
     if has_preset_tokenizer(path) or is_preset(path):
         return PresetTokenizer(path)
-    return HuggingFaceTokenizer(path) if path.is_dir() else open_checkpoint(path)
+    return HuggingFaceTokenizer(path)
 
 
 def _locate(handle) -> Path:

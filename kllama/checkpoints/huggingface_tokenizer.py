@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kllama.checkpoints.config import token_ids
 from kllama.checkpoints.reader import read_json, read_text, shown
-from kllama.errors import CheckpointError, MissingFileError
+from kllama.errors import CheckpointError
 
 # In the order in which they count: what transformers wrote for its fast tokenizers holds all rules, the others do not.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -41,27 +41,24 @@ class AddedTokens(NamedTuple):
 
 
 class HuggingFaceTokenizer:
-    """The tokenizer files of a directory, opened for themselves: no weights need be there.
+    """The tokenizer files of a directory, or the one file of a vocabulary: no weights need be there.
 
     Args:
-        path: the directory.
+        path: the directory, or the file. What it holds is left to the tokenizer where no file of Hugging Face says it.
 
     Attributes: `path`, `tokenizer_config` and `preprocessor_config`, as an opened checkpoint has them; and
         `backbone_config`, of which only `vocabulary_size` is known, and that only where there is a `config.json`.
 
     Raises:
-        MissingFileError: there is no vocabulary.
         CheckpointError: a file is damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        names = os.listdir(path)
+        names = os.listdir(path) if path.is_dir() else []
         settings, config = (read_json(path / name) if name in names else {} for name in (SETTINGS, "config.json"))
-        self.tokenizer_config = tokenizer_config(path, names, settings, config)
-        if self.tokenizer_config is None:
-            raise MissingFileError(f"{path}: no tokenizer; expected {', '.join(VOCABULARIES)}.", str(path))
-        self.preprocessor_config = preprocessor_config(settings)
+        self.tokenizer_config = tokenizer_config(path, names, settings, config) or {"tokenizer": str(path)}
+        self.preprocessor_config = preprocessor_config(settings) if settings else {}
         size = config.get("vocab_size")
         self.backbone_config = {"vocabulary_size": size} if type(size) is int else {}
 

@@ -501,8 +501,8 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         """Build the tokenizer of a checkpoint.
 
         Args:
-            preset: the name of a built-in preset, or the path of a preset directory or of a Hugging Face directory,
-                which may hold tokenizer files alone.
+            preset: the name of a built-in preset, or the path of a preset directory, of a Hugging Face directory, which
+                may hold tokenizer files alone, or of the file of a vocabulary.
             **kwargs: constructor arguments that replace the checkpoint's, such as `parse_special`.
 
         Raises:

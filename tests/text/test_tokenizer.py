@@ -429,6 +429,23 @@ class TestCheckpoints:
         preprocessor = LlamaCausalLMPreprocessor.from_preset(assets / "tokenizers" / "llama2")
         assert preprocessor.tokenizer.start_token == "<s>" and preprocessor.add_start_token
 
+    @pytest.mark.parametrize(
+        "file, starts",
+        [
+            ("tokenizers/llama2/tokenizer.model", True),
+            ("tokenizers/gpt2/vocab.json", False),
+            ("models/stories260K/llama2c/tok512.bin", True),
+            ("models/stories260K/tokenizer.json", True),
+        ],
+    )
+    def test_a_file_alone(self, assets, file, starts):
+        preprocessor = LlamaCausalLMPreprocessor.from_preset(assets / file)
+        assert preprocessor.add_start_token == starts and preprocessor.tokenizer("a").size == 1
+
+    def test_a_directory_of_another_vocabulary(self, assets, tmp_path):
+        shutil.copyfile(assets / "models" / "stories260K" / "llama2c" / "tok512.bin", tmp_path / "tokenizer.bin")
+        assert LlamaTokenizer.from_preset(tmp_path).vocabulary_size() == 512
+
     def test_no_tokenizer_files(self, tmp_path):
         with pytest.raises(MissingFileError, match="tokenizer.model"):
             LlamaTokenizer.from_preset(tmp_path)
