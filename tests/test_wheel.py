@@ -24,6 +24,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "kllama/presets/stories_1m_en/model.weights.h5" in names and "kllama/py.typed" in names
+    files = (path for path in (ROOT / "kllama").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)  # the chat templates are no Python
     assert {name.split("/")[0] for name in names} == {"kllama", names[-1].split("/")[0]}
     assert wheel.stat().st_size < 10e6
 

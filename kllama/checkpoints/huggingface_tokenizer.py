@@ -89,9 +89,10 @@ def tokenizer_config(directory: Path, names: Iterable[str], settings: dict, conf
         "pad_token": _token(files, "pad_token", None),
     }
     if found[0] != "tokenizer.json":  # which has all of these in its own rules
-        arguments |= {name: _flag(settings, name, source) for name in ("legacy", "add_prefix_space")}
+        arguments["add_prefix_space"] = _flag(settings, "add_prefix_space", source)
         added = _added_tokens(directory, names, settings, _special_tokens(files))
         if found[0] == "tokenizer.model":
+            arguments["legacy"] = _flag(settings, "legacy", source)
             # They are found in the text as it is: the normalizer of such a vocabulary does no more than put marks.
             added = added._replace(tokens=[{**token, "normalized": False} for token in added.tokens])
         arguments["added_tokens"] = added

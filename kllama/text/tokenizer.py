@@ -144,7 +144,7 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
 
         Args:
             texts: any iterable of str, read once; a generator will do.
-            vocabulary_size: int. The number of ids, special tokens included.
+            vocabulary_size: int. The number of ids, special tokens included; at most 2 ** 22.
             kind: `"byte_bpe"`, as Llama 3 has it: the special tokens, the 256 bytes, and the merges; every text comes
                 back as it was. Or `"sentencepiece_bpe"`, as Llama 2 has it: `<unk>`, the special tokens, the 256 bytes,
                 the characters of the texts, and the merges; "▁" becomes a space.
