@@ -23,13 +23,13 @@ def as_texts(inputs, name: str = "texts") -> tuple[list[str], bool]:
         TypeError: an input is not text; the message has its row.
     """
     if isinstance(inputs, str):
-        return [_without_surrogates(inputs)], False
+        return [without_surrogates(inputs)], False
     if not isinstance(inputs, list | tuple):
         return _array_texts(inputs, name)
     for row, text in enumerate(inputs):
         if not isinstance(text, str):
             raise TypeError(f"{name}[{row}] = {reprlib.repr(text)} ({type(text).__name__}); expected a str.")
-    return [_without_surrogates(text) for text in inputs], True
+    return [without_surrogates(text) for text in inputs], True
 
 
 def _array_texts(inputs, name):
@@ -42,11 +42,11 @@ def _array_texts(inputs, name):
     return as_texts(texts, name)[0], values.ndim == 1
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can hold: a pair of surrogates as its character, a lone one as U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        # By way of UTF-16 a pair becomes its character, and a lone half U+FFFD.
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
 

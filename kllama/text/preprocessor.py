@@ -226,15 +226,15 @@ class LlamaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def _encode(self, x, width, make_rows):
         """Return ids, mask and what the loss counts, each `(B, width)`, or `(width,)` for a single sample."""
 
-        def pack(x):
-            return pad(make_rows(read_samples(x), width), width, self.tokenizer.pad_token_id)
+        def pack(samples):
+            return pad(make_rows(samples, width), width, self.tokenizer.pad_token_id)
 
         if in_tf_function():
             from kllama.backend import tf_data
 
-            return tf_data.encode_dense(pack, x, width)
+            return tf_data.encode_dense(lambda x: pack(read_samples(x)), x, width)
         samples = read_samples(x)
-        outputs = pad(make_rows(samples, width), width, self.tokenizer.pad_token_id)
+        outputs = pack(samples)
         return outputs if samples.is_batch else tuple(output[0] for output in outputs)
 
     def _training_rows(self, samples: Samples, width: int) -> list[Row]:

@@ -22,8 +22,8 @@ from kllama.errors import CheckpointError, MissingFileError
 from kllama.text.chat.template import BUILT_IN, ChatTemplate, open_template, suggest_template
 from kllama.text.detokenizer import StreamingDetokenizer
 from kllama.text.formats.recognise import open_vocabulary
-from kllama.text.formats.tokenizer_json import rust_errors
-from kllama.text.inputs import as_rows, as_texts
+from kllama.text.formats.rules import rust_errors
+from kllama.text.inputs import as_rows, as_texts, without_surrogates
 from kllama.text.tokenizer_training import train_tokenizer
 from kllama.text.vocabulary import Vocabulary
 
@@ -454,7 +454,7 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
                 raise TypeError(f"tokens[{index}] = {token!r}; expected a str.")
             if not token:
                 raise ValueError(f"tokens[{index}] = ''; expected at least one character.")
-            if as_texts(token)[0][0] != token:
+            if without_surrogates(token) != token:
                 raise ValueError(f"tokens[{index}] = {token!r}; expected text without surrogates.")
             vocabulary.check_spelling(token, f"tokens[{index}]")
         wanted = [token for token in tokens if special or vocabulary.token_to_id(token) is None]

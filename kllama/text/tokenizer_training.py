@@ -17,14 +17,14 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from kllama.text.formats.merges import ranked_merges
 from kllama.text.formats.opened import MAX_VOCABULARY_SIZE
 from kllama.text.formats.patterns import GPT2, LLAMA3
-from kllama.text.inputs import as_texts
+from kllama.text.formats.rules import MARK
+from kllama.text.inputs import without_surrogates
 
 KINDS = ("byte_bpe", "sentencepiece_bpe")
 
 # Where byte-level BPE cuts a text into the words that merges stay within.
 PATTERNS = {"llama3": LLAMA3, "gpt2": GPT2}
 
-MARK = "▁"  # stands for a space
 UNKNOWN = "<unk>"
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # Characters beyond this share of the text are left to the byte tokens, and pieces have at most so many characters.
@@ -97,7 +97,7 @@ def _checked_specials(special_tokens) -> list[str]:
     for token in special_tokens:
         if not isinstance(token, str):
             raise TypeError(f"special_tokens has {token!r}; expected a str.")
-        if as_texts(token)[0][0] != token:
+        if without_surrogates(token) != token:
             raise ValueError(f"special_tokens has {token!r}; expected text without surrogates.")
         if len(token) < 2 or token in (UNKNOWN, *BYTE_TOKENS) or special_tokens.count(token) > 1:
             raise ValueError(
@@ -123,7 +123,7 @@ def _rows(texts):
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{row}] = {reprlib.repr(text)} ({type(text).__name__}); expected a str.")
-        yield as_texts(text)[0][0]
+        yield without_surrogates(text)
 
 
 def _check_room(vocabulary_size: int, num_fixed: int, what: str) -> None:

@@ -161,9 +161,11 @@ class Vocabulary:
     def make_special(self, tokens: Iterable[str]) -> None:
         """Count tokens of the vocabulary as special, whatever its file says; their other flags stay."""
         added = {token.content: token for token in self.encoder.get_added_tokens_decoder().values()}
-        for token in tokens:
-            self.encoder.add_special_tokens([added.get(token, tokenizers.AddedToken(token, normalized=False))])
-        self._read()
+        tokens = [added.get(token, tokenizers.AddedToken(token, normalized=False)) for token in tokens]
+        tokens = [token for token in tokens if not token.special]
+        if tokens:
+            self.encoder.add_special_tokens(tokens)
+            self._read()
 
     def append(self, tokens: Sequence[tokenizers.AddedToken]) -> int:
         """Add tokens at the end, in their order, and return how many were new. One that is there takes the flags.

@@ -15,7 +15,7 @@ import tokenizers
 from kllama.errors import CheckpointError
 from kllama.text.chat.marks import EXACT_END, EXACT_START, TOKEN_END, TOKEN_START
 from kllama.text.chat.template import RenderedChat, Spans
-from kllama.text.formats.tokenizer_json import rust_errors
+from kllama.text.formats.rules import rust_errors
 
 
 class ChatEncoder:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from kllama.errors import CheckpointError, UnsupportedError
-from kllama.text.inputs import as_texts
+from kllama.text.inputs import without_surrogates
 
 BREAK = "\ufdd0"  # inside a spelling of a special token that is only text
 CUT = "\ufdd1"  # where the final message ends that the model is to continue
@@ -36,7 +36,7 @@ _ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fdd[0-3])")
 
 def clean_text(text: str) -> str:
     """Return a text without lone surrogates and without noncharacters, both replaced by U+FFFD."""
-    return _NONCHARACTERS.sub("\ufffd", as_texts(text)[0][0])
+    return _NONCHARACTERS.sub("\ufffd", without_surrogates(text))
 
 
 def strip_marks(text: str) -> str:

@@ -14,11 +14,10 @@ from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.merges import scored_merges
 from kllama.text.formats.opened import MAX_VOCABULARY_SIZE, OpenedVocabulary
 from kllama.text.formats.options import with_options
-from kllama.text.formats.rules import build_encoder, rust_errors, sequence, start_template
+from kllama.text.formats.rules import build_encoder, rust_errors, sequence, start_template, strip_start
 from kllama.text.formats.splits import word_splits
 
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
-FIRST_BYTE_ID = 3
 # The file has line breaks around two of the names, for the eyes of who reads the output.
 _STORED_NAMES = {1: "\n<s>\n", 2: "\n</s>\n"}
 _HEADER = struct.Struct("<I")
@@ -61,10 +60,7 @@ def open_llama2c(
     rules = {
         "normalizer": {"type": "Prepend", "prepend": " "},
         "pre_tokenizer": sequence(word_splits(" ", scores, byte_fallback=True), "pretokenizers"),
-        "decoder": sequence(
-            [{"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
-            "decoders",
-        ),
+        "decoder": sequence([{"type": "ByteFallback"}, {"type": "Fuse"}, strip_start()], "decoders"),
         "post_processor": start_template(START, 1),
     }
     rules = with_options(rules, legacy, add_prefix_space, source)

@@ -8,7 +8,7 @@ every stretch of text between special tokens is a sentence of its own, as Senten
 
 from typing import NamedTuple
 
-from kllama.text.formats.rules import flat, replace, sequence
+from kllama.text.formats.rules import flat, replace, sequence, strip_start
 
 
 class _Mark(NamedTuple):
@@ -107,7 +107,7 @@ def _decoders(rules: dict, wanted: _Mark) -> list[dict]:
     parts = flat(rules["decoder"], "decoders")
     scheme = {"sentence": "always", "none": "never"}.get(wanted.scheme, wanted.scheme)
     parts = [{**part, "prepend_scheme": scheme} if part["type"] == "Metaspace" else part for part in parts]
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    strip = strip_start()
     strips = any(part["type"] == "Metaspace" or (part["type"] == "Strip" and part["start"]) for part in parts)
     if adds:
         return parts if strips or not parts else [*parts, strip]

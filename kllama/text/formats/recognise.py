@@ -17,15 +17,13 @@ from kllama.text.formats.llama2c import is_llama2c, open_llama2c
 from kllama.text.formats.opened import MAX_BYTES, OpenedVocabulary
 from kllama.text.formats.sentencepiece_model import open_sentencepiece
 from kllama.text.formats.tiktoken_ranks import is_tiktoken, open_tiktoken
-from kllama.text.formats.tokenizer_json import open_json, parse_object
+from kllama.text.formats.tokenizer_json import open_json, open_parsed, parse_object
 from kllama.text.formats.vocab_and_merges import open_vocab_and_merges
 
 VOCABULARIES = ("vocab.json", "vocabulary.json")
 MERGES = "merges.txt"
 # In this order: the first that is there is the one that is read.
 LOOKED_FOR = ("tokenizer.json", "tokenizer.model", *VOCABULARIES, "vocabulary.spm", "tokenizer.bin")
-
-__all__ = ["OpenedVocabulary", "open_vocabulary"]
 
 
 def open_vocabulary(
@@ -101,7 +99,7 @@ def _open_object(path: Path, *options: bool | None) -> OpenedVocabulary:
     content = parse_object(text, str(path))
     if not isinstance(content.get("model"), dict) and any(type(value) is int for value in content.values()):
         return _open_pair(path, _beside(path, (MERGES,)), *options)
-    return open_json(text, *options, name=str(path))
+    return open_parsed(text, content, *options, str(path))
 
 
 def _open_pair(vocab: Path, merges: Path, *options: bool | None) -> OpenedVocabulary:

@@ -13,6 +13,7 @@ from tokenizers import models
 
 from kllama.errors import CheckpointError
 
+MARK = "\u2581"  # what SentencePiece writes for a space
 PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
 _BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
@@ -91,6 +92,11 @@ def split(pattern: str, behavior: str = "Isolated") -> dict:
 def replace(pattern: dict, content: str) -> dict:
     """Return the normalizer, and the decoder, that replaces `{"String": ...}` or `{"Regex": ...}`."""
     return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def strip_start(count: int = 1) -> dict:
+    """Return the decoder that takes spaces away at the start of a text, at most so many."""
+    return {"type": "Strip", "content": " ", "start": count, "stop": 0}
 
 
 def byte_level(add_prefix_space: bool = False, use_regex: bool = False, trim_offsets: bool = True) -> dict:

@@ -14,10 +14,17 @@ from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.merges import scored_merges
 from kllama.text.formats.opened import OpenedVocabulary
 from kllama.text.formats.options import with_options
-from kllama.text.formats.rules import build_encoder, replace, rust_errors, sequence, start_template
+from kllama.text.formats.rules import (
+    MARK,
+    build_encoder,
+    replace,
+    rust_errors,
+    sequence,
+    start_template,
+    strip_start,
+)
 from kllama.text.formats.splits import isolating_splits, word_splits
 
-SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _ALL = 2**16
 _MODEL_TYPES = {1: "unigram", 3: "word", 4: "char"}
@@ -121,7 +128,7 @@ def _check_supported(proto, pieces: Mapping[str, tuple[int, float]], source: obj
                 "exactly. Use the tokenizer.json instead."
             )
     for piece, (kind, _) in pieces.items():
-        if kind == _USER_DEFINED and (SPACE in piece or " " in piece):
+        if kind == _USER_DEFINED and (MARK in piece or " " in piece):
             raise UnsupportedError(f"{source}: user-defined piece {shown(piece)}; expected one without spaces.")
         for character in piece if kind == _NORMAL else ():
             if pieces.get(character, (None,))[0] != _NORMAL:
@@ -139,7 +146,7 @@ def _model(
     byte_fallback = proto.trainer_spec.byte_fallback
     settings = {"vocab": ids, "merges": scored_merges(scores, source), "unk_token": of_kind[_UNKNOWN][0]}
     settings |= {"fuse_unk": True, "byte_fallback": byte_fallback}
-    splits = word_splits(SPACE, scores, byte_fallback)
+    splits = word_splits(MARK, scores, byte_fallback)
     with rust_errors(f"{source}: the pieces do not make a vocabulary"):
         if not of_kind[_USER_DEFINED]:
             return models.BPE(**settings), splits
@@ -151,17 +158,17 @@ def _normalizers(spec) -> list[dict]:
     parts = []
     if spec.remove_extra_whitespaces:
         # SentencePiece drops a spelt U+2581 at the end too. The look behind keeps the search linear.
-        patterns = {r"\A +": "", r" {2,}": " ", rf"(?<![ {SPACE}])[ {SPACE}]+\z": ""}
+        patterns = {r"\A +": "", r" {2,}": " ", rf"(?<![ {MARK}])[ {MARK}]+\z": ""}
         parts += [replace({"Regex": pattern}, content) for pattern, content in patterns.items()]
     if spec.add_dummy_prefix:
-        parts.append({"type": "Prepend", "prepend": SPACE})
-    return [*parts, replace({"String": " "}, SPACE)]
+        parts.append({"type": "Prepend", "prepend": MARK})
+    return [*parts, replace({"String": " "}, MARK)]
 
 
 def _decoders(spec) -> list[dict]:
-    parts = [replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    parts = [replace({"String": MARK}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
         # A model that never begins a text with spaces takes all of them away.
         start = _ALL if spec.remove_extra_whitespaces else 1
-        parts.append({"type": "Strip", "content": " ", "start": start, "stop": 0})
+        parts.append(strip_start(start))
     return parts

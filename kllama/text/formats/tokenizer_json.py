@@ -15,10 +15,10 @@ from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.opened import MAX_BYTES, MAX_VOCABULARY_SIZE, OpenedVocabulary
 from kllama.text.formats.options import with_options
 from kllama.text.formats.patterns import check_patterns
-from kllama.text.formats.rules import flat, read_rules, replace, rust_errors
+from kllama.text.formats.rules import MARK, flat, read_rules, replace, rust_errors
 from kllama.text.formats.splits import word_splits
 
-SPACE, MARK = {"String": " "}, "\u2581"
+SPACE = {"String": " "}
 
 
 def open_json(
@@ -41,7 +41,13 @@ def open_json(
         ValueError: the file has no rule that an option could change.
     """
     text = _as_text(source)
-    content = parse_object(text, name)
+    return open_parsed(text, parse_object(text, name), legacy, add_prefix_space, name)
+
+
+def open_parsed(
+    text: str, content: dict, legacy: bool | None, add_prefix_space: bool | None, name: str
+) -> OpenedVocabulary:
+    """Return the vocabulary of a `tokenizer.json` that `parse_object` has read; the rest is as in `open_json`."""
     with rust_errors(f"{name}: not a valid tokenizer.json"):
         encoder = tokenizers.Tokenizer.from_str(text)
         rules = read_rules(encoder)
