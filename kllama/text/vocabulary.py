@@ -5,7 +5,6 @@ It checks ids, names special tokens and appends tokens. It knows no file and no 
 
 import functools
 import itertools
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import tokenizers
@@ -13,6 +12,7 @@ import tokenizers
 from kllama.checkpoints.reader import listed
 from kllama.errors import CheckpointError
 from kllama.text.chat.encoder import ChatEncoder
+from kllama.text.formats.added_tokens import added_token, check_added_id
 from kllama.text.formats.rules import decoder_parts
 
 
@@ -194,18 +194,9 @@ class Vocabulary:
         Raises:
             CheckpointError: a token has another id than the file says, or ids of the vocabulary have gaps.
         """
-        flags = ("special", "lstrip", "rstrip", "normalized", "single_word")
-        added = [
-            tokenizers.AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
-            for token in tokens
-        ]
         try:
-            self.append(added)
+            self.append([added_token(token) for token in tokens])
         except ValueError as error:
             raise CheckpointError(f"{source}: added tokens: {error}") from error
         for token in tokens:
-            if (token_id := self.token_to_id(token["content"])) != token["id"]:
-                raise CheckpointError(
-                    f"{source}: id of the added token {reprlib.repr(token['content'])} = {token['id']}; expected "
-                    f"{token_id}: the vocabulary's own, else the next free one."
-                )
+            check_added_id(self.encoder, token["content"], token["id"], source)

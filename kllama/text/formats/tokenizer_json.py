@@ -12,6 +12,7 @@ from tokenizers import models
 
 from kllama.checkpoints.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
+from kllama.text.formats.added_tokens import check_added_id
 from kllama.text.formats.opened import MAX_BYTES, MAX_VOCABULARY_SIZE, OpenedVocabulary
 from kllama.text.formats.options import with_options
 from kllama.text.formats.patterns import check_patterns
@@ -131,12 +132,7 @@ def _check_ids(encoder: tokenizers.Tokenizer, content: dict, name: str) -> None:
     if not tokens:
         raise CheckpointError(f"{name}: number of tokens = 0; expected at least 1.")
     for added in content.get("added_tokens") or ():
-        # The library numbers added tokens itself, and only logs a warning where the file says otherwise.
-        if (token_id := encoder.token_to_id(added["content"])) != added["id"]:
-            raise CheckpointError(
-                f"{name}: added_tokens: id of {added['content']!r} = {added['id']}; expected {token_id}: the id in "
-                "model.vocab, else the next free one."
-            )
+        check_added_id(encoder, added["content"], added["id"], name)
 
 
 def _check_merges(content: dict, name: str) -> None:

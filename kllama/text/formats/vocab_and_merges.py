@@ -14,6 +14,7 @@ from tokenizers import models
 
 from kllama.checkpoints.reader import JSON_LIMIT, read_json, shown
 from kllama.errors import CheckpointError, UnsupportedError
+from kllama.text.formats.added_tokens import added_token, check_added_id
 from kllama.text.formats.opened import MAX_VOCABULARY_SIZE, OpenedVocabulary
 from kllama.text.formats.options import with_options
 from kllama.text.formats.patterns import LLAMA3, QWEN2
@@ -137,22 +138,13 @@ def _settings(path: Path) -> dict:
 def _add_tokens(encoder: tokenizers.Tokenizer, path: Path) -> None:
     """Add the tokens that `tokenizer_config.json` lists with their ids."""
     listed = _settings(path).get("added_tokens_decoder", {})
-    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     try:
         tokens = {int(token_id): dict(token) for token_id, token in listed.items()}
-        # One that is missing is false; "normalized" is true for a token that is not special.
-        added = [
-            tokenizers.AddedToken(token["content"], **{name: bool(token[name]) for name in flags if name in token})
-            for _, token in sorted(tokens.items())
-        ]
+        added = {token_id: added_token(token) for token_id, token in sorted(tokens.items())}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: added_tokens_decoder = {shown(listed)}; expected objects of content and flags by id."
         ) from error
-    encoder.add_tokens(added)
-    for token_id, token in zip(sorted(tokens), added, strict=True):
-        if (received := encoder.token_to_id(token.content)) != token_id:
-            raise CheckpointError(
-                f"{path}: id of {shown(token.content)} = {token_id}; expected {received}: the id in the vocabulary, "
-                "else the next free one."
-            )
+    encoder.add_tokens(list(added.values()))
+    for token_id, token in added.items():
+        check_added_id(encoder, token.content, token_id, path)
