@@ -127,8 +127,8 @@ def synchronize(model) -> None:
 
 @contextlib.contextmanager
 def keep_variables(model):
-    """Give a compiled model its variables back if what runs inside fails: Keras takes them away meanwhile."""
-    optimizer = model.optimizer
+    """Give a model its variables back if what runs inside fails: Keras takes them away meanwhile."""
+    optimizer = model.optimizer if model.compiled else None
     before = [(variable, variable._value) for variable in (*model.variables, *getattr(optimizer, "variables", ()))]
     try:
         yield

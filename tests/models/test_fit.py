@@ -383,6 +383,12 @@ def test_dropout_acts_in_training_only(random_model, token_ids):
     assert losses[0] != losses[1]
 
 
+def test_predict_needs_no_compilation(random_model, token_ids):
+    model = random_model()
+    uncompiled = kllama.LlamaCausalLM(model.backbone, compile=False)
+    np.testing.assert_allclose(uncompiled.predict(token_ids, verbose=0), model.predict(token_ids, verbose=0), atol=1e-5)
+
+
 def test_predict_gives_float32_logits(story_model):
     logits = story_model.predict(TEXTS, verbose=0)
     assert logits.dtype == np.float32 and logits.shape[0] == 4 and logits.shape[-1] == 512
