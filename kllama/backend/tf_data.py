@@ -37,6 +37,32 @@ def encode_ragged(encode: Callable[[list[str]], list[list[int]]], text, dtype: s
     return tf.RaggedTensor.from_row_lengths(ids, lengths, validate=False)
 
 
+def decode(detokenize: Callable[[list[list[int]]], list[str]], ids):
+    """Join ids into texts.
+
+    Args:
+        detokenize: takes B lists of ids, returns B texts.
+        ids: a tensor of integers of shape (), (T,) or (B, T), or a ragged one (B, None).
+
+    Returns:
+        A string tensor of shape (), or (B,) for a batch.
+    """
+    ids = ids if isinstance(ids, tf.RaggedTensor) else tf.convert_to_tensor(ids)
+    if not ids.dtype.is_integer or ids.shape.rank not in (0, 1, 2):
+        raise TypeError(f"ids = {ids}; expected a tensor of integers of shape (), (length,) or (batch, length).")
+
+    def run(values, lengths):
+        if not isinstance(ids, tf.RaggedTensor):
+            rows = np.atleast_2d(values)
+        else:
+            rows = np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        return np.array([text.encode() for text in detokenize([row.tolist() for row in rows])], object)
+
+    texts = _call(run, _parts(ids), tf.string)
+    texts.set_shape((ids.shape[0] if ids.shape.rank == 2 else 1,))
+    return texts if ids.shape.rank == 2 else texts[0]
+
+
 def encode_dense(encode: Callable[[object], tuple[np.ndarray, np.ndarray, np.ndarray]], x, width: int):
     """Encode string tensors to padded ids, their mask, and what the loss counts.
 

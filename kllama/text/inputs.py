@@ -56,7 +56,7 @@ def as_rows(ids) -> tuple[list[list[int]], bool]:
 
     Args:
         ids: an int; a list, an array or a backend tensor of shape (T,); a list of B such rows; an array or a backend
-            tensor of shape (B, T).
+            tensor of shape (B, T); a ragged tensor of TensorFlow.
 
     Raises:
         TypeError: an id is not an integer.
@@ -83,6 +83,8 @@ def _are_ints(row: list) -> bool:
 def _as_list(ids):
     if isinstance(ids, int | list):
         return ids
+    if hasattr(ids, "row_splits"):  # A ragged tensor of TensorFlow, which Keras would fill up with zeros.
+        return ids.to_list()
     if keras.ops.is_tensor(ids):
         ids = keras.ops.convert_to_numpy(ids)
     if isinstance(ids, Sequence) and not isinstance(ids, str):

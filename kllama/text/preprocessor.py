@@ -196,11 +196,13 @@ class LlamaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """Build the preprocessor of a checkpoint, with its tokenizer.
 
         Args:
-            preset: the name of a built-in preset, or the path of a preset directory or of a Hugging Face directory.
+            preset: the name of a preset, a `kaggle://` handle, or the path of a preset directory or of a Hugging Face
+                directory.
             **kwargs: constructor arguments that replace the checkpoint's, such as `sequence_length`.
 
         Raises:
             MissingFileError: if there is no such preset, or it carries no tokenizer.
+            ResourceError: if a download fails.
             CheckpointError: if a file is damaged.
         """
         return cls.from_checkpoint(open_tokenizer(preset), **kwargs)

@@ -2,16 +2,15 @@
 
 The Rust `tokenizers` library runs the rules: normalizer, pre-tokenizer, model, added tokens and decoder; no rule is
 written again here. Every format a vocabulary comes in becomes a `tokenizers.Tokenizer` first (`formats/`). Start and
-end tokens, padding and masks are the preprocessor's; templates are rendered by `chat`.
+end tokens, padding and masks are the preprocessor's. The two classes it derives from look tokens up
+(`vocabulary_tokenizer`) and write conversations (`chat/tokenizer`).
 """
 
-import operator
 import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import keras
-import keras_hub
 import numpy as np
 import tokenizers
 from keras_hub.src.utils.tensor_utils import in_tf_function
@@ -19,11 +18,12 @@ from keras_hub.src.utils.tensor_utils import in_tf_function
 from kllama.arguments import check_flag
 from kllama.checkpoints.formats import open_tokenizer
 from kllama.errors import CheckpointError, MissingFileError
-from kllama.text.chat.template import BUILT_IN, ChatTemplate, open_template, suggest_template
+from kllama.text.chat.tokenizer import ChatTokenizer
 from kllama.text.detokenizer import StreamingDetokenizer
 from kllama.text.formats.recognise import open_vocabulary
 from kllama.text.formats.rules import rust_errors
-from kllama.text.inputs import as_rows, as_texts, without_surrogates
+from kllama.text.inputs import as_rows, as_texts
+from kllama.text.keras_hub_arguments import SOURCES, translate, with_own_names
 from kllama.text.tokenizer_training import train_tokenizer
 from kllama.text.vocabulary import Vocabulary
 
@@ -39,15 +39,18 @@ class _OfTheClass(classmethod):
 
 
 @keras.saving.register_keras_serializable(package="kllama")
-class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
+class LlamaTokenizer(ChatTokenizer):
     """Split text into the token ids of a Llama checkpoint, and join ids into text.
 
     Args:
         tokenizer: the vocabulary with its rules: path of a `tokenizer.json`, a SentencePiece `tokenizer.model` (Llama
             2, Mistral), a tiktoken `tokenizer.model` (Llama 3), a `vocab.json` beside its `merges.txt` (GPT-2), a
             llama2.c `tokenizer.bin`, one of KerasHub's tokenizer assets, or a directory of these; told apart by
-            content. Or the text or the parsed dict of a `tokenizer.json`, or a `tokenizers.Tokenizer` (copied). `None`
-            leaves the tokenizer without a vocabulary until `load_assets`.
+            content. Or the text or the parsed dict of a `tokenizer.json`, a `tokenizers.Tokenizer` (copied), or the
+            bytes of a SentencePiece model. `None` leaves the tokenizer without a vocabulary until `load_assets`.
+        merges: for a vocabulary as KerasHub's Llama 3 tokenizer takes it: `tokenizer` is then a dict of ids by token,
+            or the path of a JSON file of them, and this a list of texts of two tokens with a space between, or the
+            path of a file of them.
         start_token: the token that the preprocessor puts before a text: a str, or its id. `None` for no such token,
             `"auto"` for what the vocabulary itself names (a `tokenizer.json` does so in its post-processor).
         end_token: the token that the preprocessor puts after a text: as `start_token`.
@@ -64,13 +67,18 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
             (`kllama.text.chat.template.BUILT_IN`), or a dict of several by name, of which `"default"` is used, or
             `"tool_use"` where there are tools.
         dtype: `"int32"` or `"int64"`. The dtype of the ids of a single text.
-        **kwargs: `name`, `trainable` and `config_file` of `keras_hub.tokenizers.Tokenizer`.
+        **kwargs: `name`, `trainable` and `config_file` of `keras_hub.tokenizers.Tokenizer`; and KerasHub's names:
+            `proto` for a SentencePiece `tokenizer`, with the tokens `<s>` and `</s>`; `vocabulary` for a `tokenizer`
+            with `merges`, with the tokens `<|begin_of_text|>` and `<|end_of_text|>`; `bos_token` and `eos_token` for
+            `start_token` and `end_token`; and `misc_special_tokens`, several of the vocabulary that are special
+            beside those that are spelt `<|...|>`.
 
     Raises:
         CheckpointError: the vocabulary is damaged, or lacks `start_token`, `end_token` or `pad_token`.
         MissingFileError: `tokenizer` is a path at which there is no file.
         UnsupportedError: a vocabulary of a kind that kllama does not read.
-        ValueError: `legacy` or `add_prefix_space` for a vocabulary that knows no such rule.
+        ValueError: `legacy` or `add_prefix_space` for a vocabulary that knows no such rule, or two arguments that
+            contradict each other.
 
     Example:
     ```python
@@ -78,6 +86,9 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
     tokenizer("Once upon a time")  # array of ids (T,)
     tokenizer(["Once", "upon"])  # a list of lists of ids
     tokenizer.detokenize(tokenizer("Once upon a time"))  # "Once upon a time"
+
+    LlamaTokenizer(proto="vocabulary.spm")  # as KerasHub's LlamaTokenizer
+    LlamaTokenizer(vocabulary="vocabulary.json", merges="merges.txt", eos_token="<|eot_id|>")  # as its Llama3Tokenizer
     ```
     """
 
@@ -86,7 +97,8 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
 
     def __init__(
         self,
-        tokenizer: str | os.PathLike | Mapping | tokenizers.Tokenizer | None = None,
+        tokenizer: str | os.PathLike | bytes | Mapping | tokenizers.Tokenizer | None = None,
+        merges: Sequence[str] | str | os.PathLike | None = None,
         *,
         start_token: str | int | None = "auto",
         end_token: str | int | None = "auto",
@@ -98,31 +110,30 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         dtype="int32",
         **kwargs,
     ):
-        super().__init__(dtype=dtype, **kwargs)
+        source, start_token, end_token, kwargs = translate(tokenizer, merges, start_token, end_token, kwargs)
+        super().__init__(
+            start_token=start_token,
+            end_token=end_token,
+            pad_token=pad_token,
+            chat_template=chat_template,
+            dtype=dtype,
+            **kwargs,
+        )
         if self.compute_dtype not in ("int32", "int64"):
-            raise ValueError(f"dtype = {self.compute_dtype!r}; expected 'int32' or 'int64'.")
-        for name, token in (("start_token", start_token), ("end_token", end_token)):
-            if isinstance(token, bool) or not isinstance(token, str | int | None):
-                raise TypeError(f"{name} = {token!r}; expected a str, an id or None.")
-        if not isinstance(pad_token, str | None):
-            raise TypeError(f"pad_token = {pad_token!r}; expected a str or None.")
-        if not isinstance(parse_special, bool):
-            raise TypeError(f"parse_special = {parse_special!r}; expected True or False.")
+            raise ValueError(
+                f"dtype = {self.compute_dtype!r}; expected 'int32' or 'int64'. id_to_token() gives the token of an id."
+            )
+        check_flag("parse_special", parse_special)
         for name, flag in (("legacy", legacy), ("add_prefix_space", add_prefix_space)):
             if not isinstance(flag, bool | None):
                 raise TypeError(f"{name} = {flag!r}; expected True, False or None.")
-        self.start_token = start_token
-        self.end_token = end_token
-        self.pad_token = pad_token
         self.parse_special = parse_special
         self.legacy = legacy
         self.add_prefix_space = add_prefix_space
-        self.chat_template = _checked_template(chat_template)
         self.file_assets = [ASSET]
-        self._vocabulary = None
         self.built = True
-        if tokenizer is not None:
-            self._set_vocabulary(tokenizer)
+        if source is not None:
+            self._set_vocabulary(source)
 
     @_OfTheClass
     def train(
@@ -211,23 +222,35 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         """Join token ids into text, every space as the ids have it.
 
         Args:
-            inputs: ids as an int, a list, an array or a backend tensor of shape `(T,)`; or a batch of such rows.
+            inputs: ids as an int, a list, an array or a backend tensor of shape `(T,)`; or a batch of such rows, which
+                may be a ragged tensor of TensorFlow.
             skip_special_tokens: bool. Leave special tokens out of the text.
 
         Returns:
-            A str, or a list of str for a batch. Bytes that are not UTF-8 become U+FFFD.
+            A str, or a list of str for a batch; inside a TensorFlow graph a string tensor. Bytes that are not UTF-8
+            become U+FFFD.
 
         Raises:
             TypeError: an id is not an integer.
             ValueError: no token has the id.
         """
+
+        def decode(rows):
+            return self._decode(rows, skip_special_tokens)
+
+        if in_tf_function():
+            from kllama.backend import tf_data
+
+            return tf_data.decode(decode, inputs)
         rows, batched = as_rows(inputs)
+        return decode(rows) if batched else decode(rows)[0]
+
+    def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         vocabulary = self._loaded()
         for row in rows:
             vocabulary.check(row)
         with rust_errors(f"{ASSET}: the decoder of this tokenizer fails on the ids"):
-            texts = vocabulary.decode(rows, skip_special_tokens=skip_special_tokens)
-        return texts if batched else texts[0]
+            return vocabulary.decode(rows, skip_special_tokens=skip_special_tokens)
 
     def detokenize_stream(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> Iterator[str]:
         """Join token ids into text while they come in.
@@ -260,206 +283,6 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         if piece := detokenizer.finish():
             yield piece
 
-    def apply_chat_template(
-        self,
-        messages: Sequence,
-        *,
-        tools: Sequence[Mapping] | None = None,
-        documents: Sequence[Mapping] | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        tokenize: bool = True,
-        return_assistant_mask: bool = False,
-        variables: Mapping | None = None,
-    ):
-        """Write conversations as the model was trained to see them, by `chat_template`.
-
-        A special token that is spelt in a message is text, whatever `parse_special` says; only the template writes
-        special tokens. No start token is added to what the template writes.
-
-        Args:
-            messages: one conversation, a list of `{"role", "content"}`, with `"tool_calls"` where the assistant calls
-                functions; or a list of conversations.
-            tools: JSON schemas of the functions that the model may call.
-            documents: what the model is to answer from, for templates that know them.
-            add_generation_prompt: bool. End with what opens an answer of the assistant.
-            continue_final_message: bool. End with the content of the last message, for the model to go on with it.
-            tokenize: bool. Return ids; `False` returns the text.
-            return_assistant_mask: bool. Return also which tokens the assistant wrote, the token that ends its turn
-                included: what to train on. Only with `tokenize`.
-            variables: further variables of the template, such as `{"date_string": "26 Jul 2024"}`.
-
-        Returns:
-            For one conversation an array of ids `(T,)`, or a str; a list of lists of ids, or of str, for several. With
-            `return_assistant_mask` a pair of the ids and bools of the same form.
-
-        Raises:
-            TypeError: an argument is of the wrong type.
-            ValueError: there is no template, the messages have the wrong form, or the template refuses them.
-            CheckpointError: the template is damaged, fails, or is too expensive.
-
-        Example:
-        ```python
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
-        ```
-        """
-        check_flag("tokenize", tokenize)
-        check_flag("return_assistant_mask", return_assistant_mask)
-        if return_assistant_mask and not tokenize:
-            raise ValueError("return_assistant_mask = True with tokenize = False; expected ids to mask.")
-        batched = isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
-        template = self._compiled_chat_template(has_tools=bool(tools))
-        chats = [
-            template.render(
-                conversation,
-                tools=tools,
-                documents=documents,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                bos_token=self.start_token or "",
-                eos_token=self.end_token or "",
-                variables=variables,
-                special_tokens=self.special_tokens,
-                find_assistant=return_assistant_mask,
-            )
-            for conversation in (messages if batched else [messages])
-        ]
-        if not tokenize:
-            texts = [chat.text for chat in chats]
-            return texts if batched else texts[0]
-        ids, masks = zip(*map(self._loaded().chat_encoder.encode, chats), strict=True)
-        if not batched:
-            ids, masks = np.array(ids[0], self.compute_dtype), masks[0] and np.array(masks[0])
-        else:
-            ids, masks = list(ids), list(masks)
-        return (ids, masks) if return_assistant_mask else ids
-
-    def _compiled_chat_template(self, has_tools: bool) -> ChatTemplate:
-        source = self.chat_template
-        if isinstance(source, Mapping):
-            source = source.get("tool_use" if has_tools and "tool_use" in source else "default")
-        if source is None:
-            fits = suggest_template(self.special_tokens)
-            hint = f" The special tokens here are those of {fits!r}." if fits else ""
-            names = ", ".join(BUILT_IN)
-            raise ValueError(f"chat_template = None; expected Jinja text, or a built-in template: {names}.{hint}")
-        return open_template(source)
-
-    def vocabulary_size(self) -> int:
-        """Return the number of ids: the largest one plus 1, added and reserved tokens included."""
-        return len(self._loaded().tokens)
-
-    def get_vocabulary(self) -> list[str | None]:
-        """Return the tokens in the order of their ids, `None` where no token has the id."""
-        return list(self._loaded().tokens)
-
-    def id_to_token(self, id: int) -> str:
-        """Return the token that has an id.
-
-        Raises:
-            ValueError: no token has it.
-        """
-        return self._loaded().token(operator.index(id))
-
-    def token_to_id(self, token: str) -> int:
-        """Return the id of a token.
-
-        Raises:
-            ValueError: the token is not in the vocabulary.
-        """
-        if (token_id := self._loaded().encoder.token_to_id(token)) is None:
-            raise ValueError(f"token = {token!r}; expected a token of the vocabulary.")
-        return token_id
-
-    @property
-    def special_tokens(self) -> list[str]:
-        """The special tokens, in the order of their ids."""
-        return [self.id_to_token(token_id) for token_id in self.special_token_ids]
-
-    @property
-    def special_token_ids(self) -> list[int]:
-        """The ids of the special tokens, ascending."""
-        return list(self._loaded().special_ids)
-
-    @property
-    def start_token_id(self) -> int | None:
-        """The id of `start_token`, `None` without one."""
-        return None if self.start_token is None else self.token_to_id(self.start_token)
-
-    @property
-    def end_token_id(self) -> int | None:
-        """The id of `end_token`, `None` without one."""
-        return None if self.end_token is None else self.token_to_id(self.end_token)
-
-    @property
-    def pad_token_id(self) -> int:
-        """The id of `pad_token`, 0 without one: a filler, never to be read as a mask."""
-        return 0 if self.pad_token is None else self.token_to_id(self.pad_token)
-
-    @property
-    def turn_end_token_id(self) -> int | None:
-        """The id of the special token with which `chat_template` ends what the assistant says.
-
-        `None` where it ends it with none, or does not show what the assistant says.
-        """
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            ids, mask = self.apply_chat_template(turns, return_assistant_mask=True)
-        except CheckpointError:
-            raise
-        except ValueError:  # the template refuses these turns, or has no place for a mask
-            return None
-        last = int(ids[mask][-1]) if mask.any() else None
-        return last if last in self.special_token_ids else None
-
-    @property
-    def adds_start_token(self) -> bool:
-        """Whether the vocabulary's own rules put the start token before each text. `tokenize` itself adds none."""
-        return bool(self._loaded().adds_start_token)
-
-    def add_tokens(self, tokens: str | Sequence[str], special: bool = False) -> int:
-        """Append tokens to the vocabulary: words of a new language, or marks of a new format.
-
-        From then on a text that holds one is split there, before the rules of the vocabulary see the rest. Where
-        several begin, the longest is taken; where that is a special token that text cannot spell, its whole spelling is
-        left to the rules of the vocabulary, and no other added token is looked for in it. They are saved with the
-        tokenizer. A model needs a row for each: see `LlamaCausalLM.resize_vocabulary`. In a SentencePiece vocabulary
-        with `legacy` rules the text behind an added token starts a new sentence; for tokens that are parts of words,
-        build the tokenizer with `legacy=False`.
-
-        Args:
-            tokens: a str or several. Those that the vocabulary has stay what they are, but become special if asked to.
-                A byte-level vocabulary (Llama 3, GPT-2) spells bytes as characters: "é" is its name of the byte 0xE9.
-                There is one token to a spelling, so that such a text cannot be added; longer ones like "été" can.
-            special: bool. Whether they are special tokens, which text cannot spell unless `parse_special` is set, and
-                which `detokenize` can skip.
-
-        Returns:
-            How many were new.
-
-        Raises:
-            TypeError: a token is not a str.
-            ValueError: a token is empty, holds a lone surrogate, or is how a byte-level vocabulary spells other text.
-                Or the ids of the vocabulary have gaps, so that it has no definite end.
-
-        Example:
-        ```python
-        tokenizer.add_tokens(["<|tool|>"], special=True)  # 1
-        ```
-        """
-        vocabulary = self._loaded()
-        tokens = [tokens] if isinstance(tokens, str) else list(tokens)
-        for index, token in enumerate(tokens):
-            if not isinstance(token, str):
-                raise TypeError(f"tokens[{index}] = {token!r}; expected a str.")
-            if not token:
-                raise ValueError(f"tokens[{index}] = ''; expected at least one character.")
-            if without_surrogates(token) != token:
-                raise ValueError(f"tokens[{index}] = {token!r}; expected text without surrogates.")
-            vocabulary.check_spelling(token, f"tokens[{index}]")
-        wanted = [token for token in tokens if special or vocabulary.token_to_id(token) is None]
-        return vocabulary.append([tokenizers.AddedToken(t, normalized=False, special=special) for t in wanted])
-
     def save_assets(self, dir_path: str) -> None:
         """Write the vocabulary and its rules to `tokenizer.json` in a directory."""
         with open(os.path.join(dir_path, ASSET), "w", encoding="utf-8") as file:
@@ -489,11 +312,12 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
     @classmethod
     def from_config(cls, config: dict) -> "LlamaTokenizer":
         # A config comes out of a file. It must not name another file to read: the vocabulary is an asset.
-        if "tokenizer" in config:
-            raise CheckpointError(
-                f"{cls.__name__} config: tokenizer = {reprlib.repr(config['tokenizer'])}; expected no such key. "
-                f"The vocabulary is read from the assets, {ASSET}."
-            )
+        for name in SOURCES:
+            if config.get(name) is not None:
+                raise CheckpointError(
+                    f"{cls.__name__} config: {name} = {reprlib.repr(config[name])}; expected no such key. The "
+                    f"vocabulary is read from the assets, {ASSET}."
+                )
         return super().from_config(config)
 
     @classmethod
@@ -501,12 +325,13 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         """Build the tokenizer of a checkpoint.
 
         Args:
-            preset: the name of a built-in preset, or the path of a preset directory, of a Hugging Face directory, which
-                may hold tokenizer files alone, or of the file of a vocabulary.
+            preset: the name of a preset, a `kaggle://` handle, or the path of a preset directory, of a Hugging Face
+                directory, which may hold tokenizer files alone, or of the file of a vocabulary.
             **kwargs: constructor arguments that replace the checkpoint's, such as `parse_special`.
 
         Raises:
             MissingFileError: if there is no such preset, or it carries no tokenizer.
+            ResourceError: if a download fails.
             CheckpointError: if a file is damaged.
         """
         return cls.from_checkpoint(open_tokenizer(preset), **kwargs)
@@ -516,7 +341,7 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         """Build the tokenizer of a checkpoint that `kllama.checkpoints.formats` has opened."""
         if checkpoint.tokenizer_config is None:
             raise MissingFileError(f"{checkpoint.path}: no tokenizer; expected {ASSET}.", str(checkpoint.path / ASSET))
-        config = {**checkpoint.tokenizer_config, **kwargs}
+        config = {**checkpoint.tokenizer_config, **with_own_names(kwargs)}
         source, added = config.pop("tokenizer"), config.pop("added_tokens", None)
         try:
             tokenizer = cls(**config)
@@ -539,15 +364,3 @@ class LlamaTokenizer(keras_hub.tokenizers.Tokenizer):
         self.end_token = vocabulary.name("end_token", self.end_token, opened.end_token)
         vocabulary.name("pad_token", self.pad_token, None)
         vocabulary.make_special(filter(None, (self.start_token, self.end_token)))  # the pad token may be ordinary
-
-    def _loaded(self) -> Vocabulary:
-        if self._vocabulary is None:
-            raise ValueError(f"{self.name}: tokenizer = None; expected a vocabulary. Call load_assets() first.")
-        return self._vocabulary
-
-
-def _checked_template(template):
-    sources = template.values() if isinstance(template, Mapping) else [template]
-    if not all(isinstance(source, str) for source in sources if template is not None):
-        raise TypeError(f"chat_template = {reprlib.repr(template)}; expected a str, a dict of str by name, or None.")
-    return dict(template) if isinstance(template, Mapping) else template

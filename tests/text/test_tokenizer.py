@@ -764,10 +764,14 @@ class TestSaving:
         # KH-S10
         path = tmp_path / "tokenizer.json"
         path.write_text(json.dumps(tiny_json()), encoding="utf-8")
+        vocabulary = {token: token_id for token_id, token in enumerate(["<s>", "[A]", "a", "[B]", "</s>", "[C]"])}
         code = (
             "import json; from kllama.text.tokenizer import LlamaTokenizer; "
             f"t = LlamaTokenizer({str(path)!r}, start_token='<s>', end_token='</s>', pad_token='a'); "
-            "print(json.dumps(t.get_config()), t.special_tokens, t.special_token_ids)"
+            "print(json.dumps(t.get_config()), t.special_tokens, t.special_token_ids)\n"
+            f"t = LlamaTokenizer({vocabulary}, [], bos_token='<s>', eos_token='</s>', "
+            "misc_special_tokens={'[A]', '[B]', '[C]', '<s>'}); "
+            "print(json.dumps(t.get_config()), t.special_tokens, t._loaded().encoder.to_str())"
         )
         runs = [
             subprocess.Popen(
@@ -779,7 +783,7 @@ class TestSaving:
             for seed in ("0", "1")
         ]
         first, second = [run.communicate()[0] for run in runs]
-        assert first == second and "start_token" in first
+        assert first == second and "start_token" in first and "[B]" in first
 
 
 class TestTensorFlowGraph:
@@ -820,3 +824,23 @@ class TestTensorFlowGraph:
     def test_numbers_are_refused(self, tf):
         with pytest.raises(TypeError, match="expected a string tensor"):
             tf.data.Dataset.from_tensor_slices([1, 2]).map(tiny())
+
+    @pytest.mark.parametrize("folder", ["tokenizers/llama3_2", "models/stories15M"])
+    def test_texts_are_those_of_an_eager_call(self, tf, assets, folder):
+        tokenizer = opened(assets, folder)
+        texts = [text for text in golden(assets, "mixed_text")["texts"] if text][:40]
+        ids = tf.data.Dataset.from_tensor_slices(texts).map(tokenizer)
+        singles = [text.numpy().decode() for text in ids.map(tokenizer.detokenize)]
+        batches = ids.ragged_batch(16).map(tokenizer.detokenize)
+        assert singles == [tokenizer.detokenize(tokenizer(text)) for text in texts]
+        assert [text.decode() for batch in batches.as_numpy_iterator() for text in batch] == singles
+
+    def test_decoding_shapes(self, tf):
+        decode = tf.function(tiny().detokenize)
+        assert decode(tf.constant(0)).numpy() == b"a" and decode(tf.constant([0, 3])).numpy() == b"a bc"
+        assert decode(tf.constant([[0, 3], [1, 1]])).numpy().tolist() == [b"a bc", b"b b"]
+        assert decode(tf.ragged.constant([[0], [], [3, 0]], dtype="int32")).numpy().tolist() == [b"a", b"", b"bc a"]
+        with pytest.raises(TypeError, match="expected a tensor of integers"):
+            decode(tf.constant([0.5]))
+        with pytest.raises(Exception, match="99"):
+            decode(tf.constant([99]))

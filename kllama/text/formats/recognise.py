@@ -18,7 +18,7 @@ from kllama.text.formats.opened import MAX_BYTES, OpenedVocabulary
 from kllama.text.formats.sentencepiece_model import open_sentencepiece
 from kllama.text.formats.tiktoken_ranks import is_tiktoken, open_tiktoken
 from kllama.text.formats.tokenizer_json import open_json, open_parsed, parse_object
-from kllama.text.formats.vocab_and_merges import open_vocab_and_merges
+from kllama.text.formats.vocab_and_merges import VocabularyAndMerges, open_given, open_vocab_and_merges
 
 VOCABULARIES = ("vocab.json", "vocabulary.json")
 MERGES = "merges.txt"
@@ -26,8 +26,15 @@ MERGES = "merges.txt"
 LOOKED_FOR = ("tokenizer.json", "tokenizer.model", *VOCABULARIES, "vocabulary.spm", "tokenizer.bin")
 
 
+def _is_sentencepiece(data: bytes) -> bool:
+    return data[:1] == b"\n"  # the tag of the pieces, which come first
+
+
+_READERS = ((is_tiktoken, open_tiktoken), (is_llama2c, open_llama2c), (_is_sentencepiece, open_sentencepiece))
+
+
 def open_vocabulary(
-    source: str | os.PathLike | Mapping | tokenizers.Tokenizer,
+    source: str | os.PathLike | bytes | Mapping | VocabularyAndMerges | tokenizers.Tokenizer,
     *,
     legacy: bool | None = None,
     add_prefix_space: bool | None = None,
@@ -38,7 +45,8 @@ def open_vocabulary(
         source: path of a `tokenizer.json`, of a `tokenizer.model` of SentencePiece or tiktoken, of a `vocab.json` or
             the `merges.txt` beside it, of KerasHub's `vocabulary.json` or `vocabulary.spm`, of a llama2.c
             `tokenizer.bin`; path of a directory that holds one; the text of a `tokenizer.json` (recognised by the
-            opening brace), its parsed dict, or a `tokenizers.Tokenizer`, which is copied.
+            opening brace), its parsed dict, or a `tokenizers.Tokenizer`, which is copied; the bytes of a
+            `tokenizer.model` or `tokenizer.bin`; or a vocabulary with its merges, as KerasHub has them.
         legacy: `True` puts the mark of a word start before every stretch between special tokens, `False` before the
             text as a whole, `None` leaves that to the file; see `options.py`.
         add_prefix_space: whether there is such a mark, or a space, at all; `None` leaves that to the file.
@@ -55,6 +63,10 @@ def open_vocabulary(
         return open_json(source, *options)
     if isinstance(source, str) and source.lstrip().startswith("{"):
         return open_json(source, *options)
+    if isinstance(source, VocabularyAndMerges):
+        return open_given(source, *options)
+    if isinstance(source, bytes):
+        return _open_bytes(source, *options)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"tokenizer = {reprlib.repr(source)}; expected a path, JSON text, a dict or a tokenizers.Tokenizer, "
@@ -79,17 +91,26 @@ def _open_file(path: Path, *options: bool | None) -> OpenedVocabulary:
     data = read_bytes(path, MAX_BYTES)
     if data.lstrip()[:1] == b"{":
         return _open_object(path, *options)
-    if is_tiktoken(data):
-        return open_tiktoken(data, path, *options)
-    if is_llama2c(data):
-        return open_llama2c(data, path, *options)
-    if data[:1] == b"\n":  # the tag of the pieces, which come first
-        return open_sentencepiece(data, path, *options)
+    for is_format, open_format in _READERS:
+        if is_format(data):
+            return open_format(data, path, *options)
     if _is_merges(data):
         return _open_pair(_beside(path, VOCABULARIES), path, *options)
     raise CheckpointError(
         f"{path}: first bytes = {shown(data[:16].decode('latin-1'))}; expected a tokenizer.json, a SentencePiece or "
         "tiktoken model, a vocab.json with its merges.txt, or a llama2.c tokenizer."
+    )
+
+
+def _open_bytes(data: bytes, *options: bool | None) -> OpenedVocabulary:
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(f"tokenizer: size = {len(data)} bytes; expected at most {MAX_BYTES}.")
+    for is_format, open_format in _READERS:
+        if is_format(data):
+            return open_format(data, "tokenizer", *options)
+    raise CheckpointError(
+        f"tokenizer: first bytes = {shown(data[:16].decode('latin-1'))}; expected those of a SentencePiece or tiktoken "
+        "model, or of a llama2.c tokenizer. Pass the path of any other file."
     )
 
 

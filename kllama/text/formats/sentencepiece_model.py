@@ -1,7 +1,8 @@
 """Read the `tokenizer.model` of SentencePiece: byte-pair encoding with scores (Llama 1 and 2, Mistral, KerasHub's spm).
 
-The rules are made so that ids equal SentencePiece's own on every text. What cannot be equal is refused: other
-algorithms than BPE, tables of normalization, unused pieces. `recognise.py` calls it.
+The rules are made so that ids equal SentencePiece's own on every text. What cannot be equal is refused: tables of
+normalization, unused pieces, other algorithms than BPE, but for words (`sentencepiece_words.py`). `recognise.py` calls
+it.
 """
 
 import math
@@ -23,11 +24,13 @@ from kllama.text.formats.rules import (
     start_template,
     strip_start,
 )
+from kllama.text.formats.sentencepiece_words import check_words, word_model, word_normalizers
 from kllama.text.formats.splits import isolating_splits, word_splits
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _ALL = 2**16
-_MODEL_TYPES = {1: "unigram", 3: "word", 4: "char"}
+_MODEL_TYPES = {1: "unigram", 4: "char"}
+_WORDS = 3
 
 
 def open_sentencepiece(
@@ -47,14 +50,19 @@ def open_sentencepiece(
     """
     proto = _parse(data, source)
     pieces = _checked_pieces(proto, source)
-    _check_supported(proto, pieces, source)
     ids = {piece: token_id for token_id, piece in enumerate(pieces)}
     of_kind = {wanted: [piece for piece, (kind, _) in pieces.items() if kind == wanted] for wanted in range(1, 7)}
+    _check_supported(proto, of_kind, source)
     named = (proto.trainer_spec.bos_piece, proto.trainer_spec.eos_piece)
     start, end = (piece if piece in of_kind[_CONTROL] else None for piece in named)
-    model, splits = _model(proto, pieces, of_kind, source)
+    if proto.trainer_spec.model_type == _WORDS:
+        model, splits = word_model(ids, of_kind[_UNKNOWN][0], of_kind[_NORMAL], source)
+        normalizers = word_normalizers(proto.normalizer_spec.precompiled_charsmap, of_kind[_NORMAL], source)
+    else:
+        model, splits = _model(proto, pieces, of_kind, source)
+        normalizers = []
     rules = {
-        "normalizer": sequence(_normalizers(proto.normalizer_spec), "normalizers"),
+        "normalizer": sequence([*normalizers, *_normalizers(proto.normalizer_spec)], "normalizers"),
         "pre_tokenizer": sequence(splits, "pretokenizers"),
         "decoder": sequence(_decoders(proto.normalizer_spec), "decoders"),
         "post_processor": None if start is None else start_template(start, ids[start]),
@@ -108,18 +116,20 @@ def _checked_pieces(proto, source: object) -> dict[str, tuple[int, float]]:
     return pieces
 
 
-def _check_supported(proto, pieces: Mapping[str, tuple[int, float]], source: object) -> None:
+def _check_supported(proto, of_kind: Mapping[int, list[str]], source: object) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type in _MODEL_TYPES:
         raise UnsupportedError(
             f"{source}: model_type = {_MODEL_TYPES[trainer.model_type]}; expected bpe. Use the tokenizer.json instead."
         )
+    has_words = trainer.model_type == _WORDS
     unsupported = {
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         # The library applies such a table by grapheme, SentencePiece by character: they differ on accents.
-        "precompiled_charsmap": normalizer.precompiled_charsmap or proto.denormalizer_spec.precompiled_charsmap,
+        "precompiled_charsmap": (normalizer.precompiled_charsmap and not has_words)
+        or proto.denormalizer_spec.precompiled_charsmap,
         "escape_whitespaces": not normalizer.escape_whitespaces,
-        "an unused piece": any(kind == _UNUSED for kind, _ in pieces.values()),
+        "an unused piece": of_kind[_UNUSED],
     }
     for name, is_set in unsupported.items():
         if is_set:
@@ -127,14 +137,22 @@ def _check_supported(proto, pieces: Mapping[str, tuple[int, float]], source: obj
                 f"{source}: {name} is set to other than the models of the Llama family have it, and cannot be run "
                 "exactly. Use the tokenizer.json instead."
             )
-    for piece, (kind, _) in pieces.items():
-        if kind == _USER_DEFINED and (MARK in piece or " " in piece):
+    if has_words:
+        check_words(proto, of_kind[_NORMAL], of_kind[_UNKNOWN] + of_kind[_CONTROL], source)
+    else:
+        _check_pieces(of_kind, source)
+
+
+def _check_pieces(of_kind: Mapping[int, list[str]], source: object) -> None:
+    for piece in of_kind[_USER_DEFINED]:
+        if MARK in piece or " " in piece:
             raise UnsupportedError(f"{source}: user-defined piece {shown(piece)}; expected one without spaces.")
-        for character in piece if kind == _NORMAL else ():
-            if pieces.get(character, (None,))[0] != _NORMAL:
-                raise UnsupportedError(
-                    f"{source}: piece {shown(piece)} has {shown(character)}; expected characters that are pieces."
-                )
+    normal = set(of_kind[_NORMAL])
+    for piece in of_kind[_NORMAL]:
+        if unknown := [character for character in piece if character not in normal]:
+            raise UnsupportedError(
+                f"{source}: piece {shown(piece)} has {shown(unknown[0])}; expected characters that are pieces."
+            )
 
 
 def _model(

@@ -56,10 +56,10 @@ def isolating_splits(model: models.BPE, ids: Mapping[str, int], isolated: Iterab
         if not tail or (tail in ids and tail not in formed):
             raise UnsupportedError(f"{source}: {shown(token)} beside a user-defined piece; no split keeps it text.")
         by_head.setdefault(head, []).append(tail)
-    patterns = [_any_of(sorted(isolated, key=lambda token: (-len(token), token)))]
+    patterns = [any_of(sorted(isolated, key=lambda token: (-len(token), token)))]
     if by_head:
         patterns.append(
-            "|".join(rf"\A{_escaped(head)}(?=(?:{_any_of(tails)})\z)" for head, tails in sorted(by_head.items()))
+            "|".join(rf"\A{_escaped(head)}(?=(?:{any_of(tails)})\z)" for head, tails in sorted(by_head.items()))
         )
     for pattern in patterns:
         if reason := refusal(pattern):
@@ -73,7 +73,8 @@ def _first_stretch(model: models.BPE, token: str) -> str:
     return next(token[:end] for end in range(1, len(token) + 1) if len(token[:end].encode()) in ends)
 
 
-def _any_of(words: Iterable[str]) -> str:
+def any_of(words: Iterable[str]) -> str:
+    """Return the regular expression of any of some texts, the first one that fits."""
     return "|".join(map(_escaped, words))
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from kllama.errors import CheckpointError, MissingFileError
-from kllama.text.formats import tiktoken_ranks
+from kllama.text.formats import recognise, tiktoken_ranks
 from kllama.text.formats.llama2c import open_llama2c
 from kllama.text.formats.recognise import open_vocabulary
 from kllama.text.formats.rules import byte_characters
@@ -95,9 +95,22 @@ class TestRecognise:
         for path in (tmp_path / "nothing", "x" * 10_000, "a\0b", ""):
             with pytest.raises(MissingFileError):
                 open_vocabulary(path)
-        for source in (3, None, b"tokenizer.json", ["tokenizer.json"]):
+        for source in (3, None, ["tokenizer.json"]):
             with pytest.raises(TypeError, match="tokenizer = "):
                 open_vocabulary(source)
+
+    @pytest.mark.parametrize("source", [STORIES[1], TOK512])
+    def test_bytes(self, assets, source):
+        expected, received = open_vocabulary(assets / source), open_vocabulary((assets / source).read_bytes())
+        assert received[1:] == expected[1:] and received.encoder.to_str() == expected.encoder.to_str()
+
+    def test_bytes_of_no_model(self, monkeypatch):
+        for data in (b"", b"tokenizer.json", b'{"model": {}}', b"#version: 0.2\na b\n"):
+            with pytest.raises(CheckpointError, match="tokenizer: first bytes = .*Pass the path"):
+                open_vocabulary(data)
+        monkeypatch.setattr(recognise, "MAX_BYTES", 9)
+        with pytest.raises(CheckpointError, match="tokenizer: size = 10 bytes; expected at most 9"):
+            open_vocabulary(b"\n" * 10)
 
     def test_no_regular_file(self, tmp_path):
         os.mkfifo(tmp_path / "tokenizer.model")
