@@ -11,10 +11,15 @@ from kllama.registration import register_with_keras
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LlamaBackbone": "kllama.models.llama_backbone",
-    "LlamaCausalLM": "kllama.models.llama_causal_lm",
-    "LlamaCausalLMPreprocessor": "kllama.text.preprocessor",
-    "LlamaTokenizer": "kllama.text.tokenizer",
+    "Llama3Backbone": "kllama.models",
+    "Llama3CausalLM": "kllama.models",
+    "Llama3CausalLMPreprocessor": "kllama.models",
+    "Llama3Tokenizer": "kllama.models",
+    "LlamaBackbone": "kllama.models",
+    "LlamaCausalLM": "kllama.models",
+    "LlamaCausalLMPreprocessor": "kllama.models",
+    "LlamaTokenizer": "kllama.models",
+    "upload_preset": "keras_hub",
     "CheckpointError": "kllama.errors",
     "KllamaError": "kllama.errors",
     "MissingFileError": "kllama.errors",
@@ -22,24 +27,36 @@ _HOMES = {
     "ResourceError": "kllama.errors",
     "UnsupportedError": "kllama.errors",
 }
+_MODULES = ("models", "samplers", "tokenizers")  # KerasHub's names for what is in them
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES, *_MODULES, "__version__"]
 
 TYPE_CHECKING = False  # type checkers read it as true; importing it from `typing` would cost more than all of this file
 if TYPE_CHECKING:
+    from keras_hub import upload_preset as upload_preset
+
+    from kllama import models as models
+    from kllama import samplers as samplers
+    from kllama import tokenizers as tokenizers
     from kllama.errors import CheckpointError as CheckpointError
     from kllama.errors import KllamaError as KllamaError
     from kllama.errors import MissingFileError as MissingFileError
     from kllama.errors import NonFiniteError as NonFiniteError
     from kllama.errors import ResourceError as ResourceError
     from kllama.errors import UnsupportedError as UnsupportedError
-    from kllama.models.llama_backbone import LlamaBackbone as LlamaBackbone
-    from kllama.models.llama_causal_lm import LlamaCausalLM as LlamaCausalLM
-    from kllama.text.preprocessor import LlamaCausalLMPreprocessor as LlamaCausalLMPreprocessor
-    from kllama.text.tokenizer import LlamaTokenizer as LlamaTokenizer
+    from kllama.models import Llama3Backbone as Llama3Backbone
+    from kllama.models import Llama3CausalLM as Llama3CausalLM
+    from kllama.models import Llama3CausalLMPreprocessor as Llama3CausalLMPreprocessor
+    from kllama.models import Llama3Tokenizer as Llama3Tokenizer
+    from kllama.models import LlamaBackbone as LlamaBackbone
+    from kllama.models import LlamaCausalLM as LlamaCausalLM
+    from kllama.models import LlamaCausalLMPreprocessor as LlamaCausalLMPreprocessor
+    from kllama.models import LlamaTokenizer as LlamaTokenizer
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"kllama.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'kllama' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
@@ -48,7 +65,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})
 
 
 register_with_keras()

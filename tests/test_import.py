@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import keras_hub
 import pytest
 
 import kllama
@@ -197,3 +198,22 @@ def test_keras_finds_the_classes(imports, saved):
         print(type(preset) is type(model) is LlamaCausalLM)
     """
     assert run(code) == "True"
+
+
+def test_keras_hubs_names():
+    for name in kllama.models.__all__:
+        assert hasattr(keras_hub.models, name), name
+        assert getattr(kllama.models, name).__name__.endswith(name.replace("3", ""))
+    assert kllama.Llama3CausalLM is kllama.models.Llama3CausalLM is kllama.models.CausalLM is kllama.LlamaCausalLM
+    assert kllama.tokenizers.Llama3Tokenizer is kllama.models.Tokenizer is kllama.LlamaTokenizer
+    assert kllama.samplers.GreedySampler is keras_hub.samplers.GreedySampler
+    assert set(kllama.samplers.__all__) == {name for name in dir(keras_hub.samplers) if not name.startswith("_")}
+    assert kllama.upload_preset is keras_hub.upload_preset
+
+
+@pytest.mark.parametrize("name", ["models", "samplers", "tokenizers"])
+@pytest.mark.backend_independent
+def test_a_module_of_keras_hubs_name_can_be_imported(name):
+    assert run(f"from kllama.{name} import *; import kllama as keras_hub; print(keras_hub.{name}.__name__)") == (
+        f"kllama.{name}"
+    )

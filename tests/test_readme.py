@@ -58,4 +58,4 @@ def test_python_blocks_run(tmp_path, assets):
     command = [sys.executable, "-c", "\n".join(blocks("python"))]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Once upon a time") == 3
+    assert result.stdout.count("Once upon a time") == 4

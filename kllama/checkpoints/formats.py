@@ -1,31 +1,41 @@
 """Which format a checkpoint has, told by its content, and the reader of that format."""
 
+import difflib
 import os
 from pathlib import Path
 
-from kllama.checkpoints.catalogue import builtin_presets
+from kllama.checkpoints import kaggle
+from kllama.checkpoints.catalogue import builtin_presets, kaggle_presets
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
 from kllama.checkpoints.huggingface_tokenizer import HuggingFaceTokenizer
+from kllama.checkpoints.keras_hub import KerasHubCheckpoint, is_keras_hub
+from kllama.checkpoints.keras_hub_tokenizer import KerasHubTokenizer, is_keras_hub_tokenizer
 from kllama.checkpoints.preset import PresetCheckpoint, PresetTokenizer, has_preset_tokenizer, is_preset
 from kllama.errors import MissingFileError, UnsupportedError
 
-_FORMATS = ((is_preset, PresetCheckpoint), (is_huggingface, HuggingFaceCheckpoint))
+_FORMATS = (
+    (is_keras_hub, KerasHubCheckpoint),
+    (is_preset, PresetCheckpoint),
+    (is_huggingface, HuggingFaceCheckpoint),
+)
 
 
 def open_checkpoint(handle: str | os.PathLike):
     """Open a checkpoint: check it, without reading its weights yet.
 
     Args:
-        handle: the name of a built-in preset, or the path of a preset directory or of a Hugging Face directory.
+        handle: the name of a preset of the catalogue, a `kaggle://` handle, or the path of a preset directory, kllama's
+            or KerasHub's, or of a Hugging Face directory.
 
     Returns:
         An object with the attributes `path`, `backbone_config` (arguments of `LlamaBackbone`), `dtype` (the file's
-        own), `has_head` (False for a base model), `tokenizer_config` (arguments of `LlamaTokenizer`, or None),
-        `preprocessor_config` and `generation_config`, and the method `tensors()`, which yields (variable path, array)
-        one at a time.
+        own: a name, or a `LayerDtypes`), `has_head` (False for a base model), `tokenizer_config` (arguments of
+        `LlamaTokenizer`, or None), `preprocessor_config` and `generation_config`, and the method `tensors()`, which
+        yields (variable path, array) one at a time.
 
     Raises:
         MissingFileError: if there is nothing of that name, or a directory without `config.json`.
+        ResourceError: if a download fails.
         UnsupportedError: if the format is not one that kllama reads.
         CheckpointError: if a file is damaged, or does not fit the others.
     """
@@ -33,15 +43,16 @@ def open_checkpoint(handle: str | os.PathLike):
     config = path / "config.json"
     if path.is_dir() and not config.is_file():
         raise MissingFileError(
-            f"{path}: no file config.json; expected that of a kllama preset or of a Hugging Face Llama.",
+            f"{path}: no file config.json; expected that of a kllama preset, of a KerasHub preset or of a Hugging Face "
+            "Llama.",
             filename=str(config),
         )
     for is_format, checkpoint_class in _FORMATS:
         if is_format(path):
             return checkpoint_class(path)
     raise UnsupportedError(
-        f"{path}: holds no checkpoint that kllama reads; expected a directory with the config.json of a kllama preset "
-        "or of a Hugging Face Llama."
+        f"{path}: holds no checkpoint that kllama reads; expected a directory with the config.json of a kllama preset, "
+        "of a KerasHub preset or of a Hugging Face Llama."
     )
 
 
@@ -57,10 +68,13 @@ def open_tokenizer(handle: str | os.PathLike):
 
     Raises:
         MissingFileError: if there is nothing of that name, or a preset without a tokenizer.
+        ResourceError: if a download fails.
         UnsupportedError: if a preset holds another class.
         CheckpointError: if a file is damaged, or does not fit the others.
     """
     path = _locate(handle)
+    if is_keras_hub(path) or is_keras_hub_tokenizer(path):
+        return KerasHubTokenizer(path)
     if has_preset_tokenizer(path) or is_preset(path):
         return PresetTokenizer(path)
     return HuggingFaceTokenizer(path)
@@ -71,19 +85,26 @@ def _locate(handle) -> Path:
         raise TypeError(f"preset ({handle!r}) must be a string or a path.")
     if handle == "":
         raise ValueError("preset ('') must be a name or a path.")
-    presets = builtin_presets()
-    if handle in presets:
-        return presets[handle]
+    builtin, on_kaggle = builtin_presets(), kaggle_presets()
+    if handle in builtin:
+        return builtin[handle]
+    if handle in on_kaggle:
+        return kaggle.download(on_kaggle[handle]["kaggle_handle"])
+    if str(handle).startswith(kaggle.PREFIX):
+        return kaggle.download(str(handle))
     if "://" in str(handle):
         raise UnsupportedError(
-            f"{handle}: kllama does not download from hubs yet; expected a path. Download the repository and pass its "
-            "folder."
+            f"{handle}: kllama does not download from this hub yet; expected a name, a kaggle:// handle or a path. "
+            "Download the repository and pass its folder."
         )
     path = Path(os.path.expanduser(handle))
     if not os.path.exists(path):  # false for what cannot be a path at all, too
+        near = difflib.get_close_matches(str(handle), [*builtin, *on_kaggle], cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise MissingFileError(
-            f"{handle}: no such preset; expected a built-in name {sorted(presets)}, or the path of a preset directory "
-            "or of a Hugging Face directory.",
+            f"{handle}: no such preset; expected a built-in name {sorted(builtin)}, one of the {len(on_kaggle)} names "
+            "that LlamaBackbone.presets lists, a kaggle:// handle, or the path of a preset directory or of a Hugging "
+            f"Face directory.{hint}",
             filename=str(handle),
         )
     return path

@@ -17,7 +17,8 @@ from kllama.checkpoints.reader import check_file, check_file_name, check_finite,
 from kllama.errors import CheckpointError, MissingFileError
 
 _SINGLE, _INDEX = "model.weights.h5", "model.weights.json"
-_DTYPES = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16")
+_DTYPES = (*FLOATS, "int8")
 _DEEPEST_GROUP = 8
 
 
@@ -40,8 +41,8 @@ class H5Weights:
 
     Raises:
         MissingFileError: if there are none, or a shard is missing.
-        CheckpointError: if there are two sets, or a file is damaged, links to another, or holds anything but floats in
-            plain blocks.
+        CheckpointError: if there are two sets, or a file is damaged, links to another, or holds anything but floats and
+            int8 in plain blocks.
     """
 
     def __init__(self, directory: Path):
@@ -59,8 +60,15 @@ class H5Weights:
             for name in names:
                 stored = self.tensors[name]
                 array = _read_array(opened[stored.file], name, stored)
-                check_finite(array, f"{stored.file}: {name}")
+                if stored.dtype in FLOATS:
+                    check_finite(array, f"{stored.file}: {name}")
                 yield array
+
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """Return a part of an array, which may hold values that are not finite; errors are those of `read`."""
+        stored = self.tensors[name]
+        with _open_h5(stored.file) as opened:
+            return _read_array(opened, name, stored, part)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -125,7 +133,7 @@ def _datasets(group: h5py.Group, path: Path, depth: int) -> Iterator[h5py.Datase
 
 
 def _describe(dataset: h5py.Dataset, path: Path) -> StoredTensor:
-    """Say how a dataset is stored, which must be as Keras stores it: floats, in one plain block of the file."""
+    """Say how a dataset is stored, which must be as Keras stores it: in one plain block of the file."""
     if dataset.external or dataset.is_virtual:
         raise CheckpointError(f"{path}: {dataset.name} lies in another file; expected its data here.")
     dtype = _dtype_name(dataset, path)
@@ -143,7 +151,7 @@ def _dtype_name(dataset: h5py.Dataset, path: Path) -> str:
     # Keras writes bfloat16 as raw pairs of bytes, and says so in an attribute.
     if dataset.dtype.kind == "V" and dataset.dtype.itemsize == 2 and str(dataset.attrs.get("dtype")) == "bfloat16":
         return "bfloat16"
-    for name in ("float32", "float16"):
+    for name in ("float32", "float16", "int8"):
         if dataset.dtype == np.dtype(name):
             return name
     raise CheckpointError(f"{path}: {dataset.name} is {dataset.dtype}; expected one of {', '.join(_DTYPES)}.")
@@ -154,12 +162,13 @@ def _open_h5(path: Path) -> h5py.File:
         return h5py.File(path, "r")
 
 
-def _read_array(file: h5py.File, name: str, stored: StoredTensor) -> np.ndarray:
+def _read_array(file: h5py.File, name: str, stored: StoredTensor, part: tuple[slice, ...] = ()) -> np.ndarray:
     with _h5_errors(stored.file):
-        array = file[name][()]
+        dataset = file[name]
+        shape, array = dataset.shape, dataset[part]
     if stored.dtype == "bfloat16":
         array = array.view(ml_dtypes.bfloat16)
-    if array.shape != stored.shape or array.dtype.name != stored.dtype:
+    if shape != stored.shape or array.dtype.name != stored.dtype:
         raise CheckpointError(f"{stored.file}: {name} has changed since the file was opened. Open it again.")
     return array
 

@@ -71,6 +71,7 @@ class LlamaDecoderLayer(keras.layers.Layer):
     def build(self, hidden_states_shape):
         *batch_shape, hidden_dim = hidden_states_shape
         policy = self.dtype_policy
+        # In KerasHub's order: its LoRA files name layers by their place, and its `get_weights` lists arrays by theirs.
         self.self_attention = LlamaAttention(
             self.num_query_heads,
             self.num_key_value_heads,
@@ -83,10 +84,10 @@ class LlamaDecoderLayer(keras.layers.Layer):
         )
         self.self_attention_layernorm = RMSNorm(self.layer_norm_epsilon, dtype=policy, name="self_attention_layernorm")
         self.self_attention_dropout = keras.layers.Dropout(self.dropout, dtype=policy, name="self_attention_dropout")
-        self.feedforward_layernorm = RMSNorm(self.layer_norm_epsilon, dtype=policy, name="feedforward_layernorm")
-        self.feedforward_gate_dense = self._dense(self.intermediate_dim, "feedforward_gate_dense")
         self.feedforward_intermediate_dense = self._dense(self.intermediate_dim, "feedforward_intermediate_dense")
+        self.feedforward_gate_dense = self._dense(self.intermediate_dim, "feedforward_gate_dense")
         self.feedforward_output_dense = self._dense(hidden_dim, "feedforward_output_dense")
+        self.feedforward_layernorm = RMSNorm(self.layer_norm_epsilon, dtype=policy, name="feedforward_layernorm")
         self.feedforward_output_dense.build((*batch_shape, self.intermediate_dim))
         for layer in (
             self.self_attention,

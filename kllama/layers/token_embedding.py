@@ -89,9 +89,57 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         # Keras' embedding layers switch off the automatic cast of their weights.
         return backend.matmul_float32(inputs, backend.cast(head, inputs.dtype))
 
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Quantise the table and an untied head; as in `keras.layers.ReversibleEmbedding`, which refuses subclasses."""
+        super().quantize(mode, type_check=type_check and type(self) is not TokenEmbedding, config=config)
+
+    def quantized_build(self, embeddings_shape, mode, config=None):
+        super().quantized_build(embeddings_shape, mode, config)
+        if mode == "int4" and config is None:
+            # A layer built as int4 then works as one that became int4: Keras would quantise its inputs, too.
+            self.inputs_quantizer = None
+
     def quantized_call(self, inputs, reverse=False):
         outputs = super().quantized_call(inputs, reverse=reverse)
-        return backend.cast(outputs, "float32") if reverse else outputs
+        return backend.cast(outputs, "float32" if reverse else self.compute_dtype)
+
+    def _int8_call(self, inputs, reverse=False):
+        if not reverse:
+            return super()._int8_call(inputs)
+        if self.tie_weights:
+            kernel, scale = keras.ops.transpose(self._embeddings), self.embeddings_scale
+        else:
+            kernel, scale = self.reverse_embeddings, self.reverse_embeddings_scale
+        kernel, scale = keras.ops.convert_to_tensor(kernel), keras.ops.convert_to_tensor(scale, "float32")
+        logits = self._int8_logits(inputs, kernel, scale)
+        if self.tie_weights and self.lora_enabled:
+            delta = backend.matmul_float32(
+                inputs, backend.cast(keras.ops.transpose(self.lora_embeddings_b), inputs.dtype)
+            )
+            delta = keras.ops.matmul(delta, keras.ops.transpose(self.lora_embeddings_a))
+            logits = logits + self.lora_alpha / self.lora_rank * delta
+        return logits
+
+    def _int8_logits(self, inputs, kernel, scale):
+        """Multiply (..., D) by an int8 kernel (D, V) with one scale a column; the gradient is that of the float head.
+
+        Rounding has no gradient of its own, and Keras' layer would train nothing below the head.
+        """
+
+        @keras.ops.custom_gradient
+        def project(inputs, kernel, scale):
+            def gradient(*args, upstream=None):
+                upstream = args[0] if upstream is None else upstream
+                table = backend.cast(keras.ops.transpose(kernel), inputs.dtype)
+                return keras.ops.matmul(backend.cast(upstream / scale, inputs.dtype), table), None, None
+
+            if self.inputs_quantizer is None:
+                return backend.matmul_float32(inputs, backend.cast(kernel, inputs.dtype)) / scale, gradient
+            rounded, inputs_scale = self.inputs_quantizer(inputs, axis=-1)
+            sums = backend.cast(keras.ops.matmul(rounded, kernel), "float32")
+            return sums / (backend.cast(inputs_scale, "float32") * scale), gradient
+
+        return project(inputs, kernel, scale)
 
     def compute_output_spec(self, inputs, reverse=False):
         spec = super().compute_output_spec(inputs, reverse=reverse)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from numbers import Integral
 
 import keras
+import keras_hub
 import numpy as np
 
 from kllama.arguments import check_flag, check_integer, check_number
@@ -16,6 +17,9 @@ from kllama.generation.sampling import GREEDY, Sampling, sampling_of
 from kllama.models.prompts import Prompts
 
 _SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
+
+SAMPLER_NAMES = ("beam", "contrastive", "greedy", "random", "speculative", "top_k", "top_p")
+"""The samplers that KerasHub knows by name."""
 
 KERAS_HUB_DEFAULT = Sampling(top_k=5)
 """What `compile(sampler="top_k")` means."""
@@ -94,8 +98,10 @@ def resolve_stop_token_ids(
     """Settle the ids that end a row; an empty list for none."""
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
         ids = {*generation_config.get("stop_token_ids", ()), *prompts.stop_token_ids}
-        if preprocessor is not None and preprocessor.tokenizer.end_token_id is not None:
-            ids.add(preprocessor.tokenizer.end_token_id)
+        if preprocessor is not None:
+            # KerasHub's protocol: some of its tokenizers have a second end token, and an attribute for it only then.
+            second = getattr(preprocessor.tokenizer, "end_token2_id", None)
+            ids |= {preprocessor.tokenizer.end_token_id, second} - {None}
         return sorted(ids)
     if stop_token_ids is None:
         return []
@@ -112,12 +118,16 @@ def _check_token_ids(name: str, ids, vocabulary_size: int) -> None:
         raise ValueError(f"{name} holds {wrong}; expected ids from 0 to {vocabulary_size - 1}.")
 
 
-def refuse_seed(seed, sampler) -> None:
-    """Raise a ValueError for a seed that a sampler with its own loop could not use."""
-    if seed is not None:
-        raise ValueError(
-            f"seed ({seed!r}) must be None with {type(sampler).__name__}, which draws for itself; give that a seed."
-        )
+def refuse_call_settings(settings: Mapping, owner: str) -> None:
+    """Raise a ValueError for settings of a call that a loop of somebody else's could not use.
+
+    Args:
+        settings: values by name, None for what the call does not say.
+        owner: whose loop it is, for the message.
+    """
+    for name, value in settings.items():
+        if value is not None:
+            raise ValueError(f"{name} ({value!r}) must be None with {owner}, which draws for itself; set it there.")
 
 
 def check_generation_config(config: Mapping, vocabulary_size: int) -> dict:
@@ -139,6 +149,23 @@ def check_generation_config(config: Mapping, vocabulary_size: int) -> dict:
         check_number("repetition_penalty", penalty, lambda x: 0 < x < math.inf, "a positive number")
     Sampling(**_sampling_settings(config))
     return dict(config)
+
+
+def resolve_sampler(sampler) -> keras_hub.samplers.Sampler:
+    """Give the sampler that a name, a serialized one, a class or an object stands for.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a name that KerasHub does not have.
+    """
+    if isinstance(sampler, str) and sampler not in SAMPLER_NAMES:
+        raise ValueError(f"sampler ({sampler!r}) must be one of {', '.join(SAMPLER_NAMES)}, or a sampler.")
+    if isinstance(sampler, type):
+        return sampler()
+    resolved = keras_hub.samplers.get(sampler) if isinstance(sampler, str | dict) else sampler
+    if not callable(resolved):
+        raise TypeError(f"sampler ({sampler!r}) must be a keras_hub.samplers.Sampler or its name.")
+    return resolved
 
 
 def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping) -> Sampling | None:

@@ -5,6 +5,7 @@ file builds the model that they describe and fills it).
 """
 
 import contextlib
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import keras
@@ -12,7 +13,7 @@ import keras_hub
 from keras_hub.src.utils.preset_utils import register_presets
 
 from kllama.arguments import check_integer
-from kllama.checkpoints.catalogue import builtin_presets
+from kllama.checkpoints.catalogue import keras_hub_entries
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.errors import CheckpointError
 from kllama.layers.causal_mask import CausalMask
@@ -27,6 +28,8 @@ from kllama.models.backbone_arguments import (
     settle_arguments,
 )
 from kllama.models.dtypes import resolve_dtype
+from kllama.models.layout import megatron_layout
+from kllama.models.quantization import quantize_model, serialize_dtypes, settle_policies
 from kllama.models.weights import assign_weights, uninitialized_weights
 
 
@@ -185,21 +188,64 @@ class LlamaBackbone(keras_hub.models.Backbone):
         # === Functional Model ===
         token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
         padding_mask = keras.Input(shape=(None,), dtype="int32", name="padding_mask", optional=True)
-        cos, sin = self.rotary_embedding(token_ids, padding_mask)
-        attention_mask = self.causal_mask(padding_mask)
-        x = self.token_embedding(token_ids)
-        for transformer_layer in self.transformer_layers:
-            x = transformer_layer(x, cos, sin, attention_mask)
         super().__init__(
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},
-            outputs=self.layer_norm(x),
+            outputs=self.run_layers(token_ids, padding_mask),
             dtype=dtype,
             **kwargs,
         )
+        settle_policies(self)
 
         # === Config ===
         for name, value in vars(config).items():
             setattr(self, name, value)
+
+    def run_layers(self, token_ids, padding_mask=None, intercept: Callable | None = None):
+        """Run the layers one after another, and let a function look at what flows between them.
+
+        Args:
+            token_ids: int (B, T).
+            padding_mask: (B, T) with 1 for real tokens, or None.
+            intercept: function (hidden states (B, T, D), index) -> hidden states (B, T, D), or None. The index is -1
+                for the token embeddings and i for the output of decoder layer i.
+
+        Returns:
+            Hidden states (B, T, D) after the final normalization, as a call of the backbone gives them.
+        """
+        cos, sin = self.rotary_embedding(token_ids, padding_mask)
+        attention_mask = None if padding_mask is None else self.causal_mask(padding_mask)
+        x = self.token_embedding(token_ids)
+        x = x if intercept is None else intercept(x, -1)
+        for i, transformer_layer in enumerate(self.transformer_layers):
+            x = transformer_layer(x, cos, sin, attention_mask)
+            x = x if intercept is None else intercept(x, i)
+        return self.layer_norm(x)
+
+    def run_layers_with_cache(self, token_ids, cache, cache_update_index, rope_length=None):
+        """Run the layers on new tokens of sequences whose earlier keys and values are in a cache.
+
+        Args:
+            token_ids: int (B, T), the new tokens.
+            cache: float (B, L, 2, S, K, H): keys and values of each layer for S positions.
+            cache_update_index: int or int32 scalar, the position of the first new token.
+            rope_length: as of `LlamaCausalLM.call_with_cache`.
+
+        Returns:
+            `(hidden states (B, T, D), updated cache)`.
+        """
+        cos, sin = self.rotary_embedding(token_ids, start_index=cache_update_index, length=rope_length)
+        mask = self.causal_mask.for_cache(token_ids, cache.shape[3], cache_update_index)
+        x, caches = self.token_embedding(token_ids), []
+        for i, transformer_layer in enumerate(self.transformer_layers):
+            x, updated = transformer_layer(x, cos, sin, mask, cache=cache[:, i], cache_update_index=cache_update_index)
+            caches.append(updated)
+        return self.layer_norm(x), keras.ops.stack(caches, axis=1)
+
+    def empty_cache(self, token_ids, num_slots: int | None = None):
+        """Give a cache of zeros for sequences (B, T): (B, L, 2, S, K, H), where S is `num_slots`, or T."""
+        batch_size, length = token_ids.shape
+        shape = batch_size, self.num_layers, 2, num_slots or length, self.num_key_value_heads, self.head_dim
+        return keras.ops.zeros(shape, dtype=self.compute_dtype)
 
     def resize_vocabulary(self, vocabulary_size: int) -> None:
         """Make room for new tokens at the end of the vocabulary.
@@ -218,8 +264,65 @@ class LlamaBackbone(keras_hub.models.Backbone):
         self.token_embedding.grow(int(vocabulary_size))
         self.vocabulary_size = int(vocabulary_size)
 
+    @staticmethod
+    def get_layout_map(
+        device_mesh: keras.distribution.DeviceMesh,
+        model_parallel_dim_name: str = "model",
+        data_parallel_dim_name: str = "batch",
+        *,
+        num_key_value_heads: int | None = None,
+    ) -> keras.distribution.LayoutMap:
+        """Give a layout that spreads the weights over a mesh of devices, for `keras.distribution.ModelParallel`.
+
+        It is Megatron-LM's. Along the model axis of the mesh, the query, key, value and attention output projections
+        are split by heads, the feed-forward network by its units, the embedding table and the head by tokens, so a
+        decoder layer adds up partial results twice and exchanges nothing else. Along the data axis, all of these are
+        split by the hidden dim. LoRA matrices are split along the axes that they share with their kernel. Whole on each
+        device are the normalizations, the biases of the attention output and the feed-forward output, and the scales
+        of int8 and float8; int4 packs kernels into shapes that do not fit. Build, load, quantise and train the model
+        inside the distribution's scope.
+
+        The size of the model axis must divide N, F and V, and that of the data axis D.
+
+        Keras 3.15 distributes weights on JAX only. On PyTorch it has no distribution, and on TensorFlow a
+        `ModelParallel` scope changes nothing, so both are refused here.
+
+        Args:
+            device_mesh: the devices.
+            model_parallel_dim_name: the axis of the mesh along which the weights are split.
+            data_parallel_dim_name: the axis of the mesh along which batches are split.
+            num_key_value_heads: K. If the size of the model axis does not divide it, each device gets all of the key
+                and value projections. By default it must.
+
+        Returns:
+            A `keras.distribution.LayoutMap`.
+
+        Raises:
+            UnsupportedError: on a backend other than JAX.
+            TypeError: if `num_key_value_heads` is not an integer.
+            ValueError: if `device_mesh` is no `DeviceMesh` or lacks an axis, or `num_key_value_heads` is not positive.
+
+        Example:
+
+        ```python
+        devices = keras.distribution.list_devices()
+        mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
+        layout_map = kllama.LlamaBackbone.get_layout_map(mesh, num_key_value_heads=2)
+        with keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name="batch").scope():
+            causal_lm = kllama.LlamaCausalLM.from_preset("stories_1m_en")
+        ```
+
+        Reference: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053), section 3.
+        """
+        return megatron_layout(device_mesh, model_parallel_dim_name, data_parallel_dim_name, num_key_value_heads)
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs) -> None:
+        """Quantise the weights in place; see `LlamaCausalLM.quantize`, the one to call where there is such a model."""
+        quantize_model(self, mode, config, filters, **kwargs)
+
     def get_config(self):
-        config = {**super().get_config(), **{name: getattr(self, name) for name in CONFIG_NAMES}}
+        config = {"name": self.name, "trainable": self.trainable, "dtype": serialize_dtypes(self)}
+        config |= {name: getattr(self, name) for name in CONFIG_NAMES}
         if self.rope_scaling is not None:
             config["rope_scaling"] = dict(self.rope_scaling)
         return config
@@ -229,8 +332,8 @@ class LlamaBackbone(keras_hub.models.Backbone):
         """Build a backbone from a checkpoint.
 
         Args:
-            preset: the name of a built-in preset, or the path of a preset directory or of a Hugging Face directory.
-                The format is recognised by content.
+            preset: a name that `presets` lists, a `kaggle://` handle, or the path of a preset directory, kllama's or
+                KerasHub's, or of a Hugging Face directory. The format is recognised by content.
             load_weights: whether to load the weights; otherwise they are random.
             dtype: of weights and computation. By default a global dtype policy, if one was set, else the file's own.
             **kwargs: constructor arguments that replace the checkpoint's, such as `dropout`.
@@ -240,6 +343,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
 
         Raises:
             MissingFileError: if there is no such preset or a file is missing.
+            ResourceError: if a download fails.
             CheckpointError: if a file is damaged, or does not fit the others.
             UnsupportedError: if the checkpoint is no Llama, or asks for what kllama does not implement.
 
@@ -269,5 +373,5 @@ class LlamaBackbone(keras_hub.models.Backbone):
         return backbone
 
 
-# KerasHub lists built-in presets by class, and finds one's folder by its handle.
-register_presets({name: {"kaggle_handle": str(path)} for name, path in builtin_presets().items()}, LlamaBackbone)
+# KerasHub lists the presets of a class, and finds one's files by its handle.
+register_presets(keras_hub_entries(), LlamaBackbone)

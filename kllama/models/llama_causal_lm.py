@@ -3,37 +3,35 @@
 `fit` and its defaults, `generate`, and loading. The maths is the backbone's; the decoding loop is `generation/`'s.
 """
 
-import functools
+import itertools
+from collections.abc import Callable
 
 import keras
 import keras_hub
-import numpy as np
 from keras import ops
 from keras_hub.src.utils.tensor_utils import in_tf_function
 
 from kllama import backend
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.errors import CheckpointError
-from kllama.generation import plain_loop
 from kllama.generation.programs import Programs
-from kllama.generation.sampling import Sampling, choose
+from kllama.models.continuation import continue_prompts, run_sampler
 from kllama.models.generate_arguments import (
     check_generation_config,
     check_lengths,
     fit_prompts,
-    refuse_seed,
     resolve_limits,
-    resolve_sampling,
-    resolve_seed,
+    resolve_sampler,
     resolve_stop_token_ids,
 )
 from kllama.models.llama_backbone import LlamaBackbone
-from kllama.models.prompts import check_ids, read_prompts
+from kllama.models.prompts import check_ids, join_results, read_prompts
+from kllama.models.quantization import quantize_model
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
 from kllama.training.batches import is_batches, is_tf_dataset, refuse_labels, unpack_batch, wrap_batches
 from kllama.training.data import is_token_ids, prepare_texts, prepare_token_ids, weigh
-from kllama.training.losses import TokenCrossentropy
+from kllama.training.losses import TokenCrossentropy, token_losses
 from kllama.training.metrics import Perplexity, TokenAccuracy
 
 _TASK_KEYWORDS = {"compile", "name", "trainable"}
@@ -91,19 +89,64 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.generation_config = check_generation_config(generation_config or {}, backbone.vocabulary_size)
-        self._programs = Programs()
 
         # === Functional Model ===
         inputs = backbone.input
         logits = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=logits, **kwargs)
-        self._choose_sampler(sampler)
+        self.sampler = sampler
+
+    @property
+    def sampler(self) -> keras_hub.samplers.Sampler:
+        """The `keras_hub.samplers` object that `generate` draws with, for a choice of `"auto"` KerasHub's default.
+
+        May be set to what `compile` takes.
+        """
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, choice):
+        self._sampler = resolve_sampler("top_k" if _is_auto(choice) else choice)
+        self._sampler_choice = choice
+        self.generate_function = None
+
+    @property
+    def chosen_sampler(self) -> keras_hub.samplers.Sampler | None:
+        """The sampler, or None where the choice was left to the checkpoint."""
+        return None if _is_auto(self._sampler_choice) else self.sampler
 
     def get_config(self):
         sampler = self._sampler_choice
         if not isinstance(sampler, str | dict):
             sampler = keras_hub.samplers.serialize(sampler)
         return {**super().get_config(), "generation_config": dict(self.generation_config), "sampler": sampler}
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs) -> None:
+        """Quantise the projections, the embedding table and the head in place; normalizations stay as they are.
+
+        Training goes on with LoRA alone, enabled before or after: quantised kernels have no gradient. float8 keeps
+        kernels that train, without LoRA, and leaves the embedding table and the head alone. The optimizer of a model
+        that has trained starts anew. Logits stay float32.
+
+        Args:
+            mode: `"int8"`, `"int4"` or `"float8"`, as in `keras.Model.quantize`.
+            config: a `keras.quantizers.QuantizationConfig` instead of the mode.
+            filters: which layers: a regular expression or a list of them, searched for in a layer's name (`"query"`,
+                `"feedforward_gate_dense"`, `"token_embedding"`), or a function of the layer. By default all.
+            **kwargs: `type_check`, whether subclasses of the layers that Keras knows are refused. Defaults to True.
+
+        Raises:
+            TypeError: for filters of another type.
+            ValueError: for another mode (gptq and awq, too), for float16 with int8, for LoRA with float8, for layers
+                that are quantised already, and for filters that no layer matches.
+
+        Example:
+
+        ```python
+        model.quantize("int8")
+        ```
+        """
+        quantize_model(self, mode, config, filters, **kwargs)
 
     def resize_vocabulary(self, vocabulary_size: int) -> None:
         """Make room for new tokens at the end of the vocabulary.
@@ -147,8 +190,8 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         """Build a language model, with its tokenizer, from a checkpoint.
 
         Args:
-            preset: the name of a built-in preset, or the path of a preset directory or of a Hugging Face directory.
-                The format is recognised by content.
+            preset: a name that `presets` lists, a `kaggle://` handle, or the path of a preset directory, kllama's or
+                KerasHub's, or of a Hugging Face directory. The format is recognised by content.
             load_weights: whether to load the weights; otherwise they are random.
             dtype: of weights and computation. By default a global dtype policy, if one was set, else the file's own.
             **kwargs: constructor arguments that replace the checkpoint's, such as `preprocessor`.
@@ -158,6 +201,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
 
         Raises:
             MissingFileError: if there is no such preset or a file is missing.
+            ResourceError: if a download fails.
             CheckpointError: if a file is damaged, or does not fit the others.
             UnsupportedError: if the checkpoint is no Llama, or asks for what kllama does not implement.
         """
@@ -182,7 +226,8 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         Args:
             optimizer: an optimizer, its name, or `"auto"` for Adam with a learning rate of 2e-5.
             loss: a loss, its name, or `"auto"` for `TokenCrossentropy`: the mean over real tokens.
-            weighted_metrics: list of metrics, or `"auto"` for token accuracy and perplexity.
+            weighted_metrics: list of metrics, or `"auto"` for token accuracy, which has KerasHub's name
+                `sparse_categorical_accuracy`, and perplexity.
             sampler: a `keras_hub.samplers` object or its name, or `"auto"` for what the checkpoint's
                 `generation_config` asks for, else KerasHub's default, top-k with k = 5.
             **kwargs: those of `keras.Model.compile`.
@@ -190,15 +235,10 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         super().compile(
             optimizer=optimizer,
             loss=TokenCrossentropy() if _is_auto(loss) else loss,
-            weighted_metrics=[TokenAccuracy(), Perplexity()] if _is_auto(weighted_metrics) else weighted_metrics,
+            weighted_metrics=_default_metrics() if _is_auto(weighted_metrics) else weighted_metrics,
             **kwargs,
         )
-        self._choose_sampler(sampler)
-        self._programs = Programs()
-
-    def _choose_sampler(self, choice):
-        self._sampler_choice = choice
-        self.sampler = keras_hub.samplers.get("top_k" if _is_auto(choice) else choice)
+        self.sampler = sampler
 
     def compile_from_config(self, config):
         """Compile as `get_compile_config` described; the sampler is part of the model's own config."""
@@ -288,7 +328,10 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             return keras.Model.evaluate(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
-        """Compute logits (B, T, V) of text or token ids, in NumPy; `x` as in `fit`."""
+        """Compute logits (B, T, V) of text or token ids, in NumPy; `x` as in `fit`.
+
+        Text is padded to the preprocessor's `sequence_length`.
+        """
         x, _, _ = self._prepare(x, batch_size=batch_size, is_training=False)
         with backend.keep_variables(self):
             return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
@@ -322,6 +365,51 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
                 f"Call resize_vocabulary({num_tokens}) on the model."
             )
 
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode: str = "logits",
+        layer_intercept_fn: Callable | None = None,
+        target_ids=None,
+    ):
+        """Score sequences: the logits of each position, or the loss of each target.
+
+        Runs eagerly and keeps gradients, so a function between the layers may look at activations, change them, or
+        differentiate the loss by them.
+
+        Args:
+            token_ids: int (B, T).
+            padding_mask: (B, T) with 1 for real tokens, or None if all are.
+            scoring_mode: `"logits"` or `"loss"`.
+            layer_intercept_fn: function (hidden states (B, T, D), index) -> hidden states (B, T, D), or None. The index
+                is -1 for the token embeddings and i for the output of decoder layer i.
+            target_ids: int (B, T), for `"loss"` alone: the token that each position is to predict.
+
+        Returns:
+            float32 logits (B, T, V), or losses in nats (B, T).
+
+        Raises:
+            ValueError: for another `scoring_mode`, and for `"loss"` without `target_ids`.
+
+        Example:
+
+        ```python
+        ids = np.array([[5, 6, 7, 8]])
+        losses = model.score(ids, scoring_mode="loss", target_ids=np.roll(ids, -1, axis=1))
+        ```
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise ValueError(f"scoring_mode ({scoring_mode!r}) must be 'logits' or 'loss'.")
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError("target_ids (None) must be given with scoring_mode='loss': the tokens to predict.")
+        token_ids = ops.convert_to_tensor(token_ids, "int32")
+        if padding_mask is not None:
+            padding_mask = ops.convert_to_tensor(padding_mask, "int32")
+        hidden_states = self.backbone.run_layers(token_ids, padding_mask, layer_intercept_fn)
+        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        return logits if scoring_mode == "logits" else token_losses(target_ids, logits)
+
     # === Generation ===
 
     def generate(
@@ -346,8 +434,9 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         Args:
             inputs: a string or a list of strings; or `{"messages": ...}`, a conversation or a list of them (also
                 without the key), which the chat template renders and the assistant answers; or
-                `{"token_ids": (B, T), "padding_mask": (B, T)}` with padding on the right. The preprocessor's `truncate`
-                says what becomes of text that is too long.
+                `{"token_ids": (B, T), "padding_mask": (B, T)}` with padding on the right; or a `tf.data.Dataset` that
+                gives batches of one of these, whose results are joined. The preprocessor's `truncate` says what becomes
+                of text that is too long.
             max_length: the length, prompt included, at which a row ends. Defaults to the smaller of the preprocessor's
                 `sequence_length` and the backbone's `max_sequence_length`; for token ids to their width T.
             stop_token_ids: ids that end a row. `"auto"` means the tokenizer's end token, the stop ids of
@@ -364,12 +453,26 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
 
         Returns:
             A string for a string, the answer for a conversation, a list of strings for a list of either; for token ids
-            a dict of NumPy arrays `token_ids` (B, S) and `padding_mask` (B, S), where S is the longest row.
+            a dict of NumPy arrays `token_ids` (B, S) and `padding_mask` (B, S), where S is the width T that they came
+            with, or with `max_length` or `max_new_tokens` the longest row.
 
         Raises:
             TypeError: for an argument of the wrong type.
             ValueError: for a value out of range, a prompt that is too long, and text without a preprocessor.
         """
+        options = {
+            "max_length": max_length,
+            "stop_token_ids": stop_token_ids,
+            "strip_prompt": strip_prompt,
+            "max_new_tokens": max_new_tokens,
+            "call": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p},
+        }
+        if not is_tf_dataset(inputs):
+            return self._generate_batch(inputs, seed=seed, **options)
+        batches = zip(inputs, _seeds(seed), strict=False)
+        return join_results([self._generate_batch(batch, seed=seed, **options) for batch, seed in batches])
+
+    def _generate_batch(self, inputs, *, max_length, stop_token_ids, strip_prompt, max_new_tokens, call, seed):
         backend.synchronize(self)  # generating is allowed in the middle of `fit`
         prompts = read_prompts(inputs, self.preprocessor)
         if prompts.is_empty:
@@ -384,63 +487,25 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         stop_token_ids = resolve_stop_token_ids(
             stop_token_ids, prompts, self.preprocessor, self.generation_config, self.backbone
         )
-        call = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        sampler = None if _is_auto(self._sampler_choice) else self.sampler
-        sampling = resolve_sampling(call, sampler, self.generation_config)
-        if sampling is None:
-            refuse_seed(seed, sampler)
-            results = self._generate_with_sampler(prompts, limits, stop_token_ids)
-        else:
-            seed = resolve_seed(seed, sampler)
-            results = self._generate_plainly(prompts, limits, stop_token_ids, sampling, seed)
-        return prompts.finish(*results, strip_prompt=prompts.is_chat if strip_prompt is None else strip_prompt)
-
-    def _generate_plainly(self, prompts, limits, stop_token_ids, sampling: Sampling, seed: int):
-        settings = {"plan": sampling.plan, "prompt_width": plain_loop.bucket(int(prompts.lengths.max()))}
-        # A model may have more embedding rows than its tokenizer has tokens; text can be made of tokens only.
-        settings["num_tokens"] = prompts.num_tokens or self.backbone.vocabulary_size
-        decode = functools.partial(self._decode, **settings)
-        options = {"is_eager": self.run_eagerly, "jit_compile": bool(self.jit_compile)}
-        decoder = self._programs.get(tuple(settings.values()), self.variables, decode, **options)
-        token_ids = prompts.padded(plain_loop.bucket(int(limits.max())))
-        arrays = token_ids, prompts.lengths, limits, np.asarray(stop_token_ids, "int32"), np.int32(seed)
-        arrays = [ops.convert_to_tensor(array, "int32") for array in arrays]
-        token_ids, lengths = decoder(*arrays, ops.convert_to_tensor(sampling.values, "float32"))
-        return ops.convert_to_numpy(token_ids), ops.convert_to_numpy(lengths)
-
-    def _decode(self, token_ids, lengths, limits, stop_token_ids, seed, values, *, plan, prompt_width, num_tokens):
-        # Types of rotary embedding that depend on the length keep the prompts' from here on, as their cached keys do.
-        rope_length = self._rope_length(lengths)
-        width = min(prompt_width, token_ids.shape[1])
-        _, cache = self._hidden_states_with_cache(token_ids[:, :width], self._empty_cache(token_ids), 0, **rope_length)
-
-        def step(token, cache, index):
-            logits, _, cache = self.call_with_cache(token, cache, index, **rope_length)
-            return logits[:, -1, :num_tokens], cache
-
-        def choose_one(logits, index):
-            return choose(logits, plan, values, seed, index)
-
-        return plain_loop.decode(step, choose_one, token_ids, cache, lengths, limits, stop_token_ids)
-
-    def _rope_length(self, lengths) -> dict:
-        """Give the keyword by which cached calls keep the frequencies of the prompts; none where they never change."""
-        return {"rope_length": ops.max(lengths)} if self.backbone.rotary_embedding.depends_on_length else {}
-
-    def _generate_with_sampler(self, prompts, limits, stop_token_ids):
-        """Let a sampler with a loop of its own (beam search, say) write up to one common length."""
-        if limits.min() != limits.max():
-            raise ValueError(
-                f"max_new_tokens with prompts of different lengths asks for different lengths {sorted(set(limits))}, "
-                f"which {type(self.sampler).__name__} cannot do; expected max_length."
-            )
-        width = int(limits[0])
-        inputs = {"token_ids": prompts.padded(width), "padding_mask": prompts.mask(width)}
-        outputs = self.make_generate_function()(inputs, stop_token_ids=tuple(stop_token_ids) or None)
-        return (
-            ops.convert_to_numpy(outputs["token_ids"]),
-            ops.convert_to_numpy(outputs["padding_mask"]).astype("int32").sum(-1),
+        results = continue_prompts(self, prompts, limits, stop_token_ids, call, seed)
+        is_filled = max_length is None and max_new_tokens is None  # padded ids keep the width that they came with
+        return prompts.finish(
+            *results,
+            strip_prompt=prompts.is_chat if strip_prompt is None else strip_prompt,
+            width=prompts.width if is_filled else None,
         )
+
+    def make_generate_function(self):
+        """Create or return what `generate` runs: a `Programs`, or what a subclass makes here.
+
+        It stands in `generate_function` until `compile`, a new sampler or new variables (those of LoRA, or quantised
+        ones) call for another. Called on `{"token_ids", "padding_mask"}` it runs `generate_step`, as KerasHub's does.
+        """
+        function = self.generate_function
+        if function is None or (isinstance(function, Programs) and not function.are_for(self.variables)):
+            self.generate_function = None
+            self.generate_function = Programs(self.variables, super().make_generate_function())
+        return self.generate_function
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Generate with the compiled sampler's own loop; KerasHub's protocol for samplers.
@@ -453,32 +518,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         Returns:
             Dict of `token_ids` (B, S) and a bool `padding_mask` (B, S) that covers each row up to its stop token.
         """
-        token_ids, padding_mask = inputs["token_ids"], ops.cast(inputs["padding_mask"], "bool")
-        lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
-        rope_length = self._rope_length(lengths)
-        cache = self._empty_cache(token_ids)
-        hidden_states, cache = self._hidden_states_with_cache(token_ids, cache, 0, **rope_length)
-
-        def next(prompt, cache, index):
-            token = ops.slice(prompt, (0, index - 1), (prompt.shape[0], 1))
-            logits, hidden_states, cache = self.call_with_cache(token, cache, index - 1, **rope_length)
-            return ops.squeeze(logits, axis=1), ops.squeeze(hidden_states, axis=1), cache
-
-        token_ids = self.sampler(
-            next=next,
-            prompt=token_ids,
-            cache=cache,
-            index=ops.min(lengths),
-            mask=padding_mask,
-            stop_token_ids=stop_token_ids,
-            hidden_states=hidden_states,
-            model=self,
-        )
-        if stop_token_ids is None:
-            return {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids, dtype="bool")}
-        stops = ops.any(ops.equal(token_ids[..., None], ops.convert_to_tensor(stop_token_ids)), axis=-1)
-        stops = ops.cast(stops & ~padding_mask, "int32")
-        return {"token_ids": token_ids, "padding_mask": ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)}
+        return run_sampler(self, inputs, stop_token_ids)
 
     def call_with_cache(self, token_ids, cache, cache_update_index, *, rope_length=None):
         """Run the model on new tokens of sequences whose earlier keys and values are in a cache.
@@ -493,29 +533,38 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         Returns:
             `(logits float32 (B, T, V), hidden states (B, T, D), updated cache)`.
         """
-        hidden_states, cache = self._hidden_states_with_cache(token_ids, cache, cache_update_index, rope_length)
+        hidden_states, cache = self.backbone.run_layers_with_cache(token_ids, cache, cache_update_index, rope_length)
         return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
 
-    def _hidden_states_with_cache(self, token_ids, cache, start, rope_length=None):
-        backbone = self.backbone
-        cos, sin = backbone.rotary_embedding(token_ids, start_index=start, length=rope_length)
-        x = backbone.token_embedding(token_ids)
-        mask = backbone.causal_mask.for_cache(token_ids, cache.shape[3], start)
-        caches = []
-        for i, layer in enumerate(backbone.transformer_layers):
-            x, layer_cache = layer(x, cos, sin, mask, cache=cache[:, i], cache_update_index=start)
-            caches.append(layer_cache)
-        return backbone.layer_norm(x), ops.stack(caches, axis=1)
+    def _build_cache(self, token_ids, num_slots: int | None = None, **rope_length):
+        """Give the hidden states (B, T, D) of prompts (B, T), and the cache that holds their keys and values.
 
-    def _empty_cache(self, token_ids):
-        batch_size, num_slots = token_ids.shape
-        backbone = self.backbone
-        shape = batch_size, backbone.num_layers, 2, num_slots, backbone.num_key_value_heads, backbone.head_dim
-        return ops.zeros(shape, dtype=self.compute_dtype)
+        The cache has as many slots as the prompts have positions, or more. The name is KerasHub's.
+        """
+        cache = self.backbone.empty_cache(token_ids, num_slots)
+        if self.overrides("call_with_cache"):
+            return self.call_with_cache(token_ids, cache, 0, **rope_length)[1:]
+        return self.backbone.run_layers_with_cache(token_ids, cache, 0, **rope_length)
+
+    def overrides(self, name: str) -> bool:
+        """Tell whether a subclass, or an attribute of this very model, stands in for a method of `LlamaCausalLM`."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(LlamaCausalLM, name)
+
+
+def _seeds(seed):
+    """Give each batch of a dataset a seed of its own: the same prompt twice is not to give the same text twice."""
+    yield seed
+    for i in itertools.count(1):
+        yield None if seed is None else (seed + i) % 2**31
 
 
 def _is_auto(choice) -> bool:
     return isinstance(choice, str) and choice == "auto"
+
+
+def _default_metrics() -> list:
+    # Callbacks of KerasHub's users look for its name.
+    return [TokenAccuracy(name="sparse_categorical_accuracy"), Perplexity()]
 
 
 # The text classes stand below the models and cannot know them; KerasHub finds the class of a preset by this attribute.

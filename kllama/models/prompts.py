@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import keras
 import numpy as np
 
+from kllama.text.inputs import as_texts
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.samples import read_samples
 
@@ -50,12 +51,12 @@ class Prompts:
         """Give the padding mask that belongs to `padded(width)`: bool (B, width)."""
         return np.arange(width) < self.lengths[:, None]
 
-    def finish(self, token_ids: np.ndarray, lengths: np.ndarray, *, strip_prompt: bool):
-        """Turn generated rows into what `generate` gives back."""
+    def finish(self, token_ids: np.ndarray, lengths: np.ndarray, *, strip_prompt: bool, width: int | None = None):
+        """Turn generated rows into text, or into ids of some width, by default the longest row's."""
         starts = self.lengths if strip_prompt else np.zeros_like(lengths)
         rows = [row[start:end] for row, start, end in zip(token_ids, starts, lengths, strict=True)]
         finished = Prompts(rows)
-        width = max(1, int(finished.lengths.max()))
+        width = width or max(1, int(finished.lengths.max()))
         outputs = {"token_ids": finished.padded(width), "padding_mask": finished.mask(width)}
         if self.finish_text is None:
             return outputs
@@ -74,15 +75,8 @@ def read_prompts(inputs, preprocessor) -> Prompts:
         return _read_token_ids(inputs)
     if isinstance(inputs, Mapping) or (isinstance(inputs, list | tuple) and _holds_messages(inputs)):
         return _read_conversations(inputs, preprocessor)
-    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
-        inputs = inputs.tolist()
-    texts = [inputs] if isinstance(inputs, str) else inputs
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(
-            f"inputs ({type(inputs).__name__}) must be a string, a list of strings, {{'messages': [...]}}, or a dict "
-            "of token_ids and padding_mask."
-        )
-    return _text_prompts(preprocessor, _tokenize(texts, _given(preprocessor)), is_single=isinstance(inputs, str))
+    texts, is_batch = as_texts(inputs, "inputs")
+    return _text_prompts(preprocessor, _tokenize(texts, _given(preprocessor)), is_single=not is_batch)
 
 
 def _text_prompts(preprocessor, rows: list, **settings) -> Prompts:
@@ -162,3 +156,14 @@ def check_ids(prompts: Prompts, vocabulary_size: int) -> None:
             raise ValueError(
                 f"inputs row {index} holds the token id {wrong[0]}; expected ids from 0 to {vocabulary_size - 1}."
             )
+
+
+def join_results(results: list):
+    """Join what `generate` gave for each batch of a dataset: a list of texts, or ids padded to one width."""
+    if not any(isinstance(result, Mapping) for result in results):
+        return [text for result in results for text in ([result] if isinstance(result, str) else result)]
+    width = max(result["token_ids"].shape[1] for result in results)
+    return {
+        name: np.concatenate([np.pad(result[name], ((0, 0), (0, width - result[name].shape[1]))) for result in results])
+        for name in ("token_ids", "padding_mask")
+    }

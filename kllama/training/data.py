@@ -27,13 +27,15 @@ def is_token_ids(x) -> bool:
 
 
 def prepare_texts(x, preprocessor: Callable | None, sample_weight=None, *, is_training: bool = True) -> tuple:
-    """Tokenize and pack texts, prompts with responses, or conversations, no wider than the longest of them needs.
+    """Tokenize and pack texts, prompts with responses, or conversations.
 
     Args:
         x: what `kllama.text.samples.read_samples` takes.
         preprocessor: a `LlamaCausalLMPreprocessor`, or, for plain texts, any of KerasHub's.
         sample_weight: weights of the rows (B,) or of their labels (B, T), or None for ones.
-        is_training: whether the labels matter: to say how many rows were cut, and to refuse data without labels.
+        is_training: whether the labels matter: to say how many rows were cut, to refuse data without labels, and to
+            make rows no wider than the longest of them needs. Else they are as wide as `sequence_length` says, as those
+            of a dataset are.
 
     Returns:
         `(x, y, sample_weight)` in NumPy: `x` is `{"token_ids", "padding_mask"}`, all (B, T) with T at most the
@@ -45,9 +47,10 @@ def prepare_texts(x, preprocessor: Callable | None, sample_weight=None, *, is_tr
     """
     samples = read_rows(x)
     num_cut_before = num_cut_rows(preprocessor)
-    # Piece by piece, trimmed: rows as wide as `sequence_length` never fill the memory all at once.
+    # Piece by piece, trimmed: rows as wide as `sequence_length` never fill the memory all at once in training.
     starts = range(0, len(samples), _PIECE)
-    pieces = [_trimmed(encode(samples.part(start, start + _PIECE), preprocessor)) for start in starts]
+    pieces = (encode(samples.part(start, start + _PIECE), preprocessor) for start in starts)
+    pieces = [_trimmed(piece) if is_training else piece for piece in pieces]
     width = max(piece[0].shape[1] for piece in pieces)
     token_ids, padding_mask, y, weights = (
         np.concatenate([np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays])

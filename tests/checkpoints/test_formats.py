@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -13,10 +12,12 @@ import pytest
 from kllama.checkpoints import catalogue
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
+from kllama.checkpoints.keras_hub import KerasHubCheckpoint
 from kllama.checkpoints.preset import PresetCheckpoint
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.weights import assign_weights, uninitialized_weights
+from tests.checkpoints.damage import refuses
 
 pytestmark = pytest.mark.backend_independent
 
@@ -47,15 +48,6 @@ def folder(saved, tmp_path) -> Path:
     return shutil.copytree(saved, tmp_path / "preset")
 
 
-def refuses(error: type, *parts: object):
-    """Expect an error of exactly this class, with a message of one line that says every part."""
-
-    def is_sound(raised):
-        return type(raised) is error and "\n" not in str(raised) and str(raised).endswith(".")
-
-    return pytest.raises(error, match="".join(f"(?=.*{re.escape(str(part))})" for part in parts), check=is_sound)
-
-
 # What is opened
 
 
@@ -69,6 +61,18 @@ def test_huggingface(assets):
     checkpoint = open_checkpoint(assets / "models" / "stories260K")
     assert type(checkpoint) is HuggingFaceCheckpoint
     assert checkpoint.path == assets / "models" / "stories260K"
+
+
+@pytest.mark.parametrize("model", ["Llama", "Llama3"])
+def test_a_preset_of_kerashub(tmp_path, model):
+    backbone = getattr(keras_hub.models, f"{model}Backbone")
+    with uninitialized_weights():
+        backbone = backbone(**SIZES)
+    assign_weights(backbone, [(weight.path, np.zeros(weight.shape, "float32")) for weight in backbone.weights])
+    backbone.save_to_preset(str(tmp_path))
+    checkpoint = open_checkpoint(tmp_path)
+    assert type(checkpoint) is KerasHubCheckpoint
+    assert checkpoint.path == tmp_path
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "hf", "preset.keras", "a b"])
@@ -177,11 +181,9 @@ def test_a_dangling_link(tmp_path):
         open_checkpoint(tmp_path / "link")
 
 
-@pytest.mark.parametrize(
-    "handle", ["hf://meta-llama/Llama-3.2-1B", "kaggle://a/b/keras/c", "modelscope://a/b", "s3://a"]
-)
+@pytest.mark.parametrize("handle", ["hf://meta-llama/Llama-3.2-1B", "modelscope://a/b", "s3://a"])
 def test_hubs(handle):
-    with refuses(UnsupportedError, handle, "expected a path", "Download"):
+    with refuses(UnsupportedError, handle, "a path", "Download"):
         open_checkpoint(handle)
 
 
@@ -224,15 +226,4 @@ def test_a_damaged_config(tmp_path, content):
 def test_config_is_a_directory(tmp_path):
     (tmp_path / "config.json").mkdir()
     with refuses(MissingFileError, tmp_path, "no file config.json"):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("model", ["Llama", "Llama3"])
-def test_a_preset_of_kerashub(tmp_path, model):
-    backbone = getattr(keras_hub.models, f"{model}Backbone")
-    with uninitialized_weights():
-        backbone = backbone(**SIZES)
-    assign_weights(backbone, [(weight.path, np.zeros(weight.shape, "float32")) for weight in backbone.weights])
-    backbone.save_to_preset(str(tmp_path))
-    with refuses(UnsupportedError, tmp_path / "config.json", f"keras_hub>{model}Backbone", "kllama>LlamaBackbone"):
         open_checkpoint(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from keras import ops
 
 import kllama
+from kllama.models import continuation
 
 GREEDY = {"temperature": 0}
 
@@ -419,15 +420,15 @@ def test_weights_are_never_stale(random_model, token_ids):
 
 
 def test_compilations_do_not_grow_with_prompt_lengths(random_model, monkeypatch):
-    """JAX and TensorFlow trace `_decode` once for each bucket; PyTorch compiles nothing and runs it at each call."""
+    """JAX and TensorFlow trace `decode` once for each bucket; PyTorch compiles nothing and runs it at each call."""
     traces = []
-    original = kllama.LlamaCausalLM._decode
+    original = continuation.decode
 
-    def counting(self, *arguments, **settings):
+    def counting(*arguments, **settings):
         traces.append(settings["prompt_width"])
-        return original(self, *arguments, **settings)
+        return original(*arguments, **settings)
 
-    monkeypatch.setattr(kllama.LlamaCausalLM, "_decode", counting)
+    monkeypatch.setattr(continuation, "decode", counting)
     model = random_model()
     for length in range(1, 40):
         model.generate({"token_ids": np.ones((1, length), "int32")}, max_new_tokens=3, stop_token_ids=None, seed=length)
