@@ -28,6 +28,7 @@ _HOMES = {
     "UnsupportedError": "kllama.errors",
 }
 _MODULES = ("models", "samplers", "tokenizers")  # KerasHub's names for what is in them
+_KERAS_HUBS = ("metrics", "utils", "version")  # what scripts take from KerasHub, and kllama has no other for
 
 __all__ = [*_HOMES, *_MODULES, "__version__"]
 
@@ -58,7 +59,8 @@ def __getattr__(name: str) -> object:
     if name in _MODULES:
         return importlib.import_module(f"kllama.{name}")
     if name not in _HOMES:
-        raise AttributeError(f"module 'kllama' has no attribute {name!r}")
+        hint = f" What else KerasHub has is keras_hub.{name}." if name in _KERAS_HUBS else ""
+        raise AttributeError(f"module 'kllama' has no attribute {name!r}.{hint}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value  # the next use finds it without coming here
     return value

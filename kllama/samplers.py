@@ -3,4 +3,4 @@
 import keras_hub.samplers
 from keras_hub.samplers import *  # noqa: F403
 
-__all__ = [name for name in dir(keras_hub.samplers) if not name.startswith("_")]
+__all__ = [name for name in dir(keras_hub.samplers) if callable(getattr(keras_hub.samplers, name)) and name[0] != "_"]

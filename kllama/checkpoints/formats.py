@@ -30,8 +30,9 @@ def open_checkpoint(handle: str | os.PathLike):
     Returns:
         An object with the attributes `path`, `backbone_config` (arguments of `LlamaBackbone`), `dtype` (the file's
         own: a name, or a `LayerDtypes`), `has_head` (False for a base model), `tokenizer_config` (arguments of
-        `LlamaTokenizer`, or None), `preprocessor_config` and `generation_config`, and the method `tensors()`, which
-        yields (variable path, array) one at a time.
+        `LlamaTokenizer`, or None), `preprocessor_config`, `generation_config` and `sampler` (a name, `"auto"`, or
+        what `keras_hub.samplers.get` takes; reading it raises what is wrong with it), and the method `tensors()`,
+        which yields (variable path, array) one at a time.
 
     Raises:
         MissingFileError: if there is nothing of that name, or a directory without `config.json`.

@@ -65,6 +65,7 @@ class HuggingFaceCheckpoint:
             where there is no vocabulary.
         preprocessor_config: keyword arguments of `LlamaCausalLMPreprocessor` besides the tokenizer.
         generation_config: `stop_token_ids` and the sampling settings that the files give.
+        sampler: `"auto"`; these files name no sampler.
 
     Raises:
         MissingFileError: the directory, `config.json`, the weights or a shard are not there.
@@ -79,6 +80,8 @@ class HuggingFaceCheckpoint:
     shapes["transformer_layer_0/self_attention/query/kernel"]  # (64, 8, 8)
     ```
     """
+
+    sampler = "auto"
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

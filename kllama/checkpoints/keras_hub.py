@@ -26,7 +26,7 @@ from kllama.checkpoints.keras_hub_tokenizer import (
 )
 from kllama.checkpoints.preset_dtype import LayerDtypes, read_layer_dtypes
 from kllama.checkpoints.preset_fields import COUNT, FLAG, NUMBER, STRING, read_fields
-from kllama.checkpoints.preset_tensors import PresetTensor, check_tensors, preset_tensors
+from kllama.checkpoints.preset_tensors import PresetTensor, check_tensors, preset_tensors, read_tensors
 from kllama.checkpoints.reader import listed, shown
 from kllama.errors import CheckpointError
 
@@ -98,15 +98,17 @@ class KerasHubCheckpoint:
     """
 
     has_head = True
+    sampler = "auto"  # KerasHub does not save it
 
     def __init__(self, path: Path):
         self.path = path
         config_file = path / _CONFIG
         config = read_class(config_file, "Backbone")
-        self._dtypes = LayerDtypes(None, {})
-        if "dtype" in config:  # keras-nlp did not write it
-            self._dtypes = read_layer_dtypes(config_file, config.pop("dtype"))
+        stated = [config.pop("dtype")] if "dtype" in config else []  # keras-nlp did not write it
         self.backbone_config = _read_backbone_config(config_file, config)
+        self._dtypes = LayerDtypes(None, {})
+        for dtype in stated:
+            self._dtypes = read_layer_dtypes(config_file, dtype, self.backbone_config["num_layers"])
         self.tokenizer_config = tokenizer_config(path)
         self.preprocessor_config = preprocessor_config(path)
         self.generation_config = generation_config(path)
@@ -120,12 +122,10 @@ class KerasHubCheckpoint:
         """Yield (variable path, array) for each weight, one at a time, in the dtype that it is stored in.
 
         Raises:
-            CheckpointError: values that are not finite, or a file that changed since it was opened.
+            CheckpointError: values that are not finite, scales that cannot be divided by, or a file that changed since
+                it was opened.
         """
-        tensors = list(self._expected_tensors())
-        arrays = self._weights.read([tensor.place for tensor in tensors])
-        for tensor, array in zip(tensors, arrays, strict=True):
-            yield tensor.path, array.reshape(tensor.shape)
+        yield from read_tensors(self._weights, self._expected_tensors())
 
     def _expected_tensors(self) -> Iterator[PresetTensor]:
         for tensor in preset_tensors(self.backbone_config, self._dtypes.quantizes, _group):

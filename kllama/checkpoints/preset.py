@@ -28,11 +28,13 @@ from kllama.checkpoints.preset_fields import (
     read_fields,
     read_object,
 )
-from kllama.checkpoints.preset_tensors import PresetTensor, check_tensors, preset_tensors
+from kllama.checkpoints.preset_sampler import read_sampler
+from kllama.checkpoints.preset_tensors import PresetTensor, check_tensors, preset_tensors, read_tensors
 from kllama.checkpoints.reader import check_file, listed, read_json, shown
 from kllama.errors import CheckpointError, MissingFileError
 
 _CONFIG = "config.json"
+_TASK = "task.json"
 _TOKENIZER = "tokenizer.json"
 _BACKBONE = "kllama>LlamaBackbone"
 _TOKENIZER_ASSET = Path("assets", "tokenizer", "tokenizer.json")
@@ -115,40 +117,39 @@ class PresetCheckpoint:
         self.path = path
         config_file = path / _CONFIG
         config = read_object(config_file, _BACKBONE)
-        self._dtypes = read_layer_dtypes(config_file, config.pop("dtype", None))
+        dtype = config.pop("dtype", None)
         self.backbone_config = read_fields(config_file, config, _BACKBONE_FIELDS)
+        self._dtypes = read_layer_dtypes(config_file, dtype, self.backbone_config["num_layers"])
         self.tokenizer_config = _read_tokenizer_config(path)
         self.preprocessor_config = _read_preprocessor_config(path)
-        self.generation_config = self._read_generation_config()
+        task = read_object(path / _TASK, "kllama>LlamaCausalLM") if (path / _TASK).is_file() else {}
+        self.generation_config = _read_generation_config(path / _TASK, task)
+        self._sampler = task.get("sampler", "auto")
         self._weights = H5Weights(path)
         check_tensors(self._expected_tensors, self._weights.tensors, path)
         self.dtype = self._dtypes.or_default(self._weights.tensors[_NORM].dtype, path)
+
+    @property
+    def sampler(self) -> str | dict:
+        """What `generate` draws with: a name, `"auto"`, or what `keras_hub.samplers.get` makes a sampler of.
+
+        Raises:
+            UnsupportedError: a sampler that is not KerasHub's own. Only here, so that one can load with another.
+            CheckpointError: fields that the sampler does not have.
+        """
+        return read_sampler(self.path / _TASK, self._sampler)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (variable path, array) for each weight, one at a time, in the dtype that it is stored in.
 
         Raises:
-            CheckpointError: values that are not finite, or a file that changed since it was opened.
+            CheckpointError: values that are not finite, scales that cannot be divided by, or a file that changed since
+                it was opened.
         """
-        tensors = list(self._expected_tensors())
-        arrays = self._weights.read([tensor.place for tensor in tensors])
-        yield from zip((tensor.path for tensor in tensors), arrays, strict=True)
+        yield from read_tensors(self._weights, self._expected_tensors())
 
     def _expected_tensors(self) -> Iterator[PresetTensor]:
         return preset_tensors(self.backbone_config, self._dtypes.quantizes, _group)
-
-    def _read_generation_config(self) -> dict:
-        file = self.path / "task.json"
-        if not file.is_file():
-            return {}
-        config = read_object(file, "kllama>LlamaCausalLM").get("generation_config", {})
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{file}: generation_config = {shown(config)}; expected an object.")
-        unknown = sorted(set(config) - set(GENERATION_KEYS))
-        if unknown:
-            raise CheckpointError(f"{file}: generation_config has unknown keys: {listed(map(shown, unknown))}.")
-        stops = {"stop_token_ids": token_ids(config, "stop_token_ids", file)} if "stop_token_ids" in config else {}
-        return {**stops, **generation_settings(config, file)}
 
 
 class PresetTokenizer:
@@ -176,6 +177,17 @@ class PresetTokenizer:
         if (path / _CONFIG).is_file():
             config = read_object(path / _CONFIG, _BACKBONE)
             self.backbone_config["vocabulary_size"] = config.get("vocabulary_size")
+
+
+def _read_generation_config(file: Path, task: dict) -> dict:
+    config = task.get("generation_config", {})
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: generation_config = {shown(config)}; expected an object.")
+    unknown = sorted(set(config) - set(GENERATION_KEYS))
+    if unknown:
+        raise CheckpointError(f"{file}: generation_config has unknown keys: {listed(map(shown, unknown))}.")
+    stops = {"stop_token_ids": token_ids(config, "stop_token_ids", file)} if "stop_token_ids" in config else {}
+    return {**stops, **generation_settings(config, file)}
 
 
 def _read_tokenizer_config(path: Path) -> dict | None:

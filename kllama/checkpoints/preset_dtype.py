@@ -14,10 +14,27 @@ from kllama.errors import CheckpointError, UnsupportedError
 INT8 = "int8"
 """What stands for the policy of a quantised layer, whatever its floats are."""
 
-# The layers that have a kernel to quantise.
-_KERNEL = re.compile(r"token_embedding|transformer_layer_\d+/(self_attention/\w+|feedforward_\w+_dense)", re.ASCII)
-# Keras takes a key of a map for a regular expression where no layer has the path. These can only be themselves.
-_PATH = re.compile(r"\w+(/\w+)*", re.ASCII)
+# Keras takes a key of a map for a regular expression where no layer has the path, and tries each for each layer. So
+# only paths of layers are read, and only those of kllama's layers are kept.
+_INDEX = re.compile(r"transformer_layer_(0|[1-9]\d{0,8})(?:/(.+))?", re.ASCII)
+_EMBEDDING = "token_embedding"
+_OTHERS = ("rotary_embedding", "causal_mask", "sequence_output_layernorm")
+# Within a transformer layer: parts that have a kernel to quantise, and parts that have none.
+_KERNELS = (
+    *(f"self_attention/{name}" for name in ("query", "key", "value", "attention_output")),
+    *(f"feedforward_{name}_dense" for name in ("gate", "intermediate", "output")),
+)
+_PARTS = (
+    None,  # the layer itself
+    "self_attention",
+    "self_attention_layernorm",
+    "self_attention_dropout",
+    "self_attention/probability_dropout",
+    "feedforward_layernorm",
+)
+# Those of KerasHub's classes, which have no variables, some with a name that Keras made up.
+_KERAS_HUB_PART = re.compile(r"(self_attention/)?(\w+_)?(dropout|softmax|rotary_embedding)(_\d+)?", re.ASCII)
+_MOST_PER_LAYER, _MOST_BESIDE = 32, 16
 
 
 class LayerDtypes(NamedTuple):
@@ -51,30 +68,60 @@ class LayerDtypes(NamedTuple):
         return self.layers.get(layer) == INT8
 
 
-def read_layer_dtypes(path: Path, dtype: object) -> LayerDtypes:
+def read_layer_dtypes(path: Path, dtype: object, num_layers: int) -> LayerDtypes:
     """Read the `dtype` of a backbone's config.
 
     Args:
         path: the file, for messages.
         dtype: the serialized policy or map; older presets wrote a bare name.
+        num_layers: how many transformer layers the model has.
 
     Raises:
         UnsupportedError: a policy or a way to quantise that kllama does not read.
-        CheckpointError: a map with a key that is no path.
+        CheckpointError: a map with a key that is not the path of a layer of this model, or with too many.
     """
     match dtype:
         case {"class_name": "DTypePolicyMap", "config": {"default_policy": default, "policy_map": dict(policies)}}:
             default = None if default is None else read_policy(path, "dtype", default, POLICIES)
         case _:
             default, policies = read_policy(path, "dtype", dtype, POLICIES), {}
-    layers = {layer: _read_layer(path, layer, policy, default) for layer, policy in policies.items()}
-    # Keras lists every layer that was built with a quantised policy, also those with nothing to quantise.
-    return LayerDtypes(default, {k: policy for k, policy in layers.items() if policy != INT8 or _KERNEL.fullmatch(k)})
+    most = _MOST_PER_LAYER * num_layers + _MOST_BESIDE
+    if len(policies) > most:
+        raise CheckpointError(f"{path}: dtype of {len(policies)} layers; expected at most {most} for this model.")
+    kept = {}
+    for layer, policy in policies.items():
+        allowed = _policies_of(layer, num_layers)
+        if allowed is None:
+            raise CheckpointError(
+                f"{path}: dtype of {shown(layer)} = {shown(policy)}; expected the path of a layer of this model, which "
+                f"has {num_layers} transformer layers."
+            )
+        name = _read_layer(path, layer, policy, default)
+        if name in allowed and name != default:
+            kept[layer] = name
+    return LayerDtypes(default, kept)
+
+
+def _policies_of(layer: str, num_layers: int) -> tuple[str, ...] | None:
+    """List the policies that mean something for a layer; None where the model has no such layer.
+
+    Keras lists every layer that was built with a quantised policy, also those with nothing to quantise.
+    """
+    if layer == _EMBEDDING:
+        return (*POLICIES, INT8)
+    if layer in _OTHERS:
+        return POLICIES
+    found = _INDEX.fullmatch(layer)
+    if not found or int(found[1]) >= num_layers:
+        return None
+    if found[2] in _KERNELS:
+        return (*POLICIES, INT8)
+    if found[2] in _PARTS:
+        return POLICIES
+    return () if _KERAS_HUB_PART.fullmatch(found[2]) else None
 
 
 def _read_layer(path: Path, layer: str, policy: object, default: str | None) -> str:
-    if not _PATH.fullmatch(layer):
-        raise CheckpointError(f"{path}: dtype of {shown(layer)} = {shown(policy)}; expected the path of a layer.")
     int8 = INT8 if default is None else f"{INT8}_from_{default}"
     name = read_policy(path, f"dtype of {shown(layer)}", policy, (*POLICIES, int8))
     return INT8 if name == int8 else name

@@ -10,7 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from kllama.checkpoints.h5_weights import FLOATS, StoredTensor
+import ml_dtypes
+import numpy as np
+
+from kllama.checkpoints.h5_weights import FLOATS, H5Weights, StoredTensor
 from kllama.checkpoints.name_map import expected_tensors
 from kllama.checkpoints.reader import LISTED, listed
 from kllama.errors import CheckpointError
@@ -67,6 +70,31 @@ def _scale_shape(layer: str, variable: str, shape: tuple[int, ...]) -> tuple[int
         return shape[1:]
     num_inputs = 2 if layer.endswith("/attention_output") else 1
     return (1, 1, *shape[num_inputs:])
+
+
+def read_tensors(weights: H5Weights, tensors: Iterable[PresetTensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (variable path, array) for each tensor, one at a time, in the dtype that it is stored in.
+
+    Raises:
+        CheckpointError: values that are not finite, scales that int8 cannot be divided by, or a file that changed.
+    """
+    tensors = list(tensors)
+    arrays = weights.read([tensor.place for tensor in tensors])
+    for tensor, array in zip(tensors, arrays, strict=True):
+        if tensor.path.endswith("_scale"):
+            _check_scale(array, f"{weights.tensors[tensor.place].file}: {tensor.place}")
+        yield tensor.path, array.reshape(tensor.shape)
+
+
+def _check_scale(array: np.ndarray, field: str) -> None:
+    """Refuse a scale that makes infinity of an int8 value, which is divided by it: also what is all but zero."""
+    smallest = 128 / float(ml_dtypes.finfo(array.dtype).max)
+    count = np.count_nonzero(array.astype("float64") < smallest)
+    if count:
+        raise CheckpointError(
+            f"{field} = {count} of {array.size} scales are zero, negative or below {smallest:.1e}; expected positive "
+            "numbers. Quantise and save it again."
+        )
 
 
 def check_tensors(expected: Callable[[], Iterable[PresetTensor]], stored: dict[str, StoredTensor], path: Path) -> None:

@@ -60,16 +60,17 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         if not self.tie_weights:
             head = _with_mean_rows(keras.ops.transpose(self.reverse_embeddings.value), input_dim)
             tables.append(keras.ops.transpose(head))
-        self.input_dim = input_dim
-        # All go before the first one comes, so that they keep their order among the weights.
-        for variable in old:
-            self._untrack_variable(variable)
         self._tracker.unlock()
-        new = [self._add_like(variable, table) for variable, table in zip(old, tables, strict=True)]
-        self._embeddings = new[0]
-        if not self.tie_weights:
-            self.reverse_embeddings = new[1]
-        self._tracker.lock()
+        try:
+            new = [self._add_like(variable, table) for variable, table in zip(old, tables, strict=True)]
+            self._embeddings = new[0]
+            if not self.tie_weights:
+                self.reverse_embeddings = new[1]
+            for variable in old:
+                self._untrack_variable(variable)
+            self.input_dim = input_dim
+        finally:
+            self._tracker.lock()
 
     def _add_like(self, variable, value):
         return self.add_weight(

@@ -34,14 +34,14 @@ def continue_prompts(model, prompts, limits: np.ndarray, stop_token_ids: list[in
         ValueError: for settings of the call that another loop than the plain one cannot use.
     """
     function = model.make_generate_function()
-    if not isinstance(function, Programs) or model.overrides("generate_step"):
+    if not isinstance(function, Programs) or model._overrides("generate_step"):
         refuse_call_settings({**call, "seed": seed}, "a generate_step of your own")
         return _write_by_protocol(model, function, prompts, limits, stop_token_ids)
-    sampling = resolve_sampling(call, model.chosen_sampler, model.generation_config)
+    sampling = resolve_sampling(call, model._chosen_sampler, model.generation_config)
     if sampling is None:
         refuse_call_settings({"seed": seed}, type(model.sampler).__name__)
         return _write_by_protocol(model, function, prompts, limits, stop_token_ids)
-    seed = resolve_seed(seed, model.chosen_sampler)
+    seed = resolve_seed(seed, model._chosen_sampler)
     return _write_plainly(model, function, prompts, limits, stop_token_ids, sampling, seed)
 
 
@@ -50,9 +50,7 @@ def _write_plainly(model, programs, prompts, limits, stop_token_ids, sampling: S
     # A model may have more embedding rows than its tokenizer has tokens; text can be made of tokens only.
     settings["num_tokens"] = prompts.num_tokens or model.backbone.vocabulary_size
     options = {"is_eager": model.run_eagerly, "jit_compile": bool(model.jit_compile)}
-    # With a method that has been replaced since, it is another program.
-    key = *settings.values(), model.call_with_cache
-    decoder = programs.get(key, functools.partial(decode, model, **settings), **options)
+    decoder = programs.get(tuple(settings.values()), functools.partial(decode, model, **settings), **options)
     token_ids = prompts.padded(plain_loop.bucket(int(limits.max())))
     arrays = token_ids, prompts.lengths, limits, np.asarray(stop_token_ids, "int32"), np.int32(seed)
     arrays = [ops.convert_to_tensor(array, "int32") for array in arrays]
@@ -136,6 +134,11 @@ def run_sampler(model, inputs: dict, stop_token_ids=None) -> dict:
         hidden_states=hidden_states,
         model=model,
     )
+    if isinstance(token_ids, tuple):
+        raise ValueError(
+            f"{type(model.sampler).__name__} gave more than token ids; expected them alone. (A BeamSampler gives more "
+            "with return_all_beams=True.)"
+        )
     if stop_token_ids is None:
         return {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids, dtype="bool")}
     stops = ops.any(ops.equal(token_ids[..., None], ops.convert_to_tensor(stop_token_ids)), axis=-1)

@@ -11,10 +11,12 @@ import keras
 import keras_hub
 import numpy as np
 
+from kllama import backend
 from kllama.arguments import check_flag, check_integer, check_number
 from kllama.checkpoints.config import GENERATION_KEYS
 from kllama.generation.sampling import GREEDY, Sampling, sampling_of
 from kllama.models.prompts import Prompts
+from kllama.training.losses import IGNORED_ID
 
 _SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 
@@ -128,6 +130,28 @@ def refuse_call_settings(settings: Mapping, owner: str) -> None:
     for name, value in settings.items():
         if value is not None:
             raise ValueError(f"{name} ({value!r}) must be None with {owner}, which draws for itself; set it there.")
+
+
+def check_score_ids(token_ids, target_ids, vocabulary_size: int) -> None:
+    """Check the ids of `score`, where they are there and not only being traced.
+
+    Raises:
+        TypeError: for ids that are no integers.
+        ValueError: for ids out of range, and for targets of another shape.
+    """
+    if target_ids is not None and tuple(target_ids.shape) != tuple(token_ids.shape):
+        raise ValueError(
+            f"target_ids has shape {tuple(target_ids.shape)}; expected that of token_ids, {tuple(token_ids.shape)}."
+        )
+    for name, ids, ignored in (("token_ids", token_ids, ()), ("target_ids", target_ids, (IGNORED_ID,))):
+        values = None if ids is None else backend.concrete(ids)
+        if values is None:
+            continue
+        if values.dtype.kind not in "iu":
+            raise TypeError(f"{name} has dtype {values.dtype}; expected integers.")
+        wrong = values[((values < 0) | (values >= vocabulary_size)) & ~np.isin(values, ignored)]
+        if wrong.size:
+            raise ValueError(f"{name} holds {wrong[0]}; expected ids from 0 to {vocabulary_size - 1}.")
 
 
 def check_generation_config(config: Mapping, vocabulary_size: int) -> dict:

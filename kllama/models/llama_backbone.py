@@ -27,8 +27,9 @@ from kllama.models.backbone_arguments import (
     refuse_unknown_keywords,
     settle_arguments,
 )
-from kllama.models.dtypes import resolve_dtype
+from kllama.models.dtypes import check_dtype, resolve_dtype
 from kllama.models.layout import megatron_layout
+from kllama.models.lora import check_lora_targets
 from kllama.models.quantization import quantize_model, serialize_dtypes, settle_policies
 from kllama.models.weights import assign_weights, uninitialized_weights
 
@@ -122,6 +123,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
         initializer_range: float = 0.02,
         **kwargs,
     ):
+        check_dtype(dtype)
         keras_hub_rope = {name: kwargs.pop(name) for name in KERAS_HUB_ROPE_KEYWORDS if name in kwargs}
         refuse_unknown_keywords(kwargs)
         arguments = {
@@ -214,11 +216,9 @@ class LlamaBackbone(keras_hub.models.Backbone):
         """
         cos, sin = self.rotary_embedding(token_ids, padding_mask)
         attention_mask = None if padding_mask is None else self.causal_mask(padding_mask)
-        x = self.token_embedding(token_ids)
-        x = x if intercept is None else intercept(x, -1)
+        x = _intercepted(intercept, self.token_embedding(token_ids), -1)
         for i, transformer_layer in enumerate(self.transformer_layers):
-            x = transformer_layer(x, cos, sin, attention_mask)
-            x = x if intercept is None else intercept(x, i)
+            x = _intercepted(intercept, transformer_layer(x, cos, sin, attention_mask), i)
         return self.layer_norm(x)
 
     def run_layers_with_cache(self, token_ids, cache, cache_update_index, rope_length=None):
@@ -241,7 +241,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
             caches.append(updated)
         return self.layer_norm(x), keras.ops.stack(caches, axis=1)
 
-    def empty_cache(self, token_ids, num_slots: int | None = None):
+    def _empty_cache(self, token_ids, num_slots: int | None = None):
         """Give a cache of zeros for sequences (B, T): (B, L, 2, S, K, H), where S is `num_slots`, or T."""
         batch_size, length = token_ids.shape
         shape = batch_size, self.num_layers, 2, num_slots or length, self.num_key_value_heads, self.head_dim
@@ -316,6 +316,31 @@ class LlamaBackbone(keras_hub.models.Backbone):
         """
         return megatron_layout(device_mesh, model_parallel_dim_name, data_parallel_dim_name, num_key_value_heads)
 
+    def default_lora_layer_names(self) -> list[str]:
+        """List the names of the layers that `enable_lora` adapts by default."""
+        return ["query", "value"]
+
+    def enable_lora(self, rank: int, target_layer_names: list[str] | None = None) -> None:
+        """Freeze the backbone, and give some of its layers low-rank matrices that train, as Keras' layers have them.
+
+        Args:
+            rank: of the matrices, at least 1.
+            target_layer_names: names of layers, such as `"attention_output"` or `"feedforward_gate_dense"`. By default
+                those of `default_lora_layer_names`.
+
+        Raises:
+            TypeError: if `rank` is not an integer.
+            ValueError: for a rank below 1, a name that no layer has, and layers that have LoRA or are quantised to
+                float8. Nothing changes then.
+
+        Reference: Hu et al., "LoRA" (arXiv:2106.09685), section 4.1.
+        """
+        check_integer("rank", rank, minimum=1)
+        names = self.default_lora_layer_names() if target_layer_names is None else target_layer_names
+        check_lora_targets(self, names)
+        super().enable_lora(int(rank), names)
+        self.train_function = self.test_function = self.predict_function = None  # they have the old variables
+
     def quantize(self, mode=None, config=None, filters=None, **kwargs) -> None:
         """Quantise the weights in place; see `LlamaCausalLM.quantize`, the one to call where there is such a model."""
         quantize_model(self, mode, config, filters, **kwargs)
@@ -365,12 +390,23 @@ class LlamaBackbone(keras_hub.models.Backbone):
             with uninitialized_weights() if load_weights else contextlib.nullcontext():
                 backbone = cls(**{**config, **kwargs})
         except (TypeError, ValueError) as error:
-            if kwargs:  # the caller's own values may be what is wrong
+            if kwargs or dtype is not None:  # the caller's own values may be what is wrong
                 raise
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         if load_weights:
             assign_weights(backbone, checkpoint.tensors())
         return backbone
+
+
+def _intercepted(intercept, hidden_states, index):
+    if intercept is None:
+        return hidden_states
+    given = intercept(hidden_states, index)
+    if given is None:
+        raise TypeError(
+            f"the intercepting function gave None for index {index}; expected the hidden states to go on with."
+        )
+    return given
 
 
 # KerasHub lists the presets of a class, and finds one's files by its handle.

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import threading
 from collections.abc import Callable
 
 import keras
@@ -19,6 +20,7 @@ from kllama.models.continuation import continue_prompts, run_sampler
 from kllama.models.generate_arguments import (
     check_generation_config,
     check_lengths,
+    check_score_ids,
     fit_prompts,
     resolve_limits,
     resolve_sampler,
@@ -26,15 +28,18 @@ from kllama.models.generate_arguments import (
 )
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.prompts import check_ids, join_results, read_prompts
-from kllama.models.quantization import quantize_model
+from kllama.models.quantization import check_preset_mode, quantize_model
+from kllama.models.variable_watch import VariableWatch
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
 from kllama.training.batches import is_batches, is_tf_dataset, refuse_labels, unpack_batch, wrap_batches
 from kllama.training.data import is_token_ids, prepare_texts, prepare_token_ids, weigh
-from kllama.training.losses import TokenCrossentropy, token_losses
+from kllama.training.losses import TokenCrossentropy, token_losses, token_weights
 from kllama.training.metrics import Perplexity, TokenAccuracy
+from kllama.training.optimizers import check_optimizer, renewed
 
 _TASK_KEYWORDS = {"compile", "name", "trainable"}
+_MAKING = threading.Lock()  # threads that generate with one model share its programs
 
 
 @keras.saving.register_keras_serializable(package="kllama")
@@ -89,6 +94,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.generation_config = check_generation_config(generation_config or {}, backbone.vocabulary_size)
+        self._watch = VariableWatch()
 
         # === Functional Model ===
         inputs = backbone.input
@@ -107,11 +113,11 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
     @sampler.setter
     def sampler(self, choice):
         self._sampler = resolve_sampler("top_k" if _is_auto(choice) else choice)
-        self._sampler_choice = choice
+        self._sampler_choice = choice if isinstance(choice, str | dict) else self._sampler
         self.generate_function = None
 
     @property
-    def chosen_sampler(self) -> keras_hub.samplers.Sampler | None:
+    def _chosen_sampler(self) -> keras_hub.samplers.Sampler | None:
         """The sampler, or None where the choice was left to the checkpoint."""
         return None if _is_auto(self._sampler_choice) else self.sampler
 
@@ -171,18 +177,18 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         self.backbone.resize_vocabulary(vocabulary_size)
         for logits in self.outputs:  # what the functional model says of its output, in `summary()` for one
             logits._shape = (*logits.shape[:-1], self.backbone.vocabulary_size)
-        if self.compiled:
-            self.optimizer = type(self.optimizer).from_config(self.optimizer.get_config())
-            # Compiled steps hold the old variables.
-            self.train_function = self.test_function = self.predict_function = None
+        if self.compiled and self.optimizer is not None:
+            self.optimizer = renewed(self.optimizer)
 
     def save_to_preset(self, preset_dir, **kwargs):
         """Save the model to a directory that `from_preset` loads; arguments as in `keras_hub.models.Task`.
 
         Raises:
-            ValueError: the tokenizer has more tokens than the model has rows for.
+            ValueError: the tokenizer has more tokens than the model has rows for, or the model is quantised to other
+                than int8.
         """
         self._check_vocabulary()
+        check_preset_mode(self)
         super().save_to_preset(preset_dir, **kwargs)
 
     @classmethod
@@ -205,6 +211,11 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             CheckpointError: if a file is damaged, or does not fit the others.
             UnsupportedError: if the checkpoint is no Llama, or asks for what kllama does not implement.
         """
+        if "backbone" in kwargs and (dtype is not None or not load_weights):
+            raise ValueError(
+                f"dtype ({dtype!r}) and load_weights ({load_weights}) are for a backbone from the checkpoint; expected "
+                "neither with backbone=."
+            )
         checkpoint = open_checkpoint(preset)
         if not checkpoint.has_head:
             raise CheckpointError(
@@ -214,6 +225,8 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         if "preprocessor" not in kwargs:
             has_tokenizer = checkpoint.tokenizer_config is not None
             kwargs["preprocessor"] = LlamaCausalLMPreprocessor.from_checkpoint(checkpoint) if has_tokenizer else None
+        if "sampler" not in kwargs:
+            kwargs["sampler"] = checkpoint.sampler
         if "backbone" not in kwargs:
             kwargs["backbone"] = LlamaBackbone.from_checkpoint(checkpoint, load_weights, dtype=dtype)
         return cls(**{"generation_config": checkpoint.generation_config, **kwargs})
@@ -243,7 +256,22 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
     def compile_from_config(self, config):
         """Compile as `get_compile_config` described; the sampler is part of the model's own config."""
         self.compile(**keras.saving.deserialize_keras_object(config), sampler=self._sampler_choice)
-        self.optimizer.build(self.trainable_variables)
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    def make_train_function(self, force: bool = False):
+        """Compile the step of `fit`, anew where the model has other variables than last time; as in Keras."""
+        check_optimizer(self.optimizer, self.trainable_variables)
+        variables = [*self.variables, *self.trainable_variables]
+        return super().make_train_function(force=self._watch.has_changed("train", variables) or force)
+
+    def make_test_function(self, force: bool = False):
+        """Compile the step of `evaluate`; see `make_train_function`."""
+        return super().make_test_function(force=self._watch.has_changed("test", self.variables) or force)
+
+    def make_predict_function(self, force: bool = False):
+        """Compile the step of `predict`; see `make_train_function`."""
+        return super().make_predict_function(force=self._watch.has_changed("predict", self.variables) or force)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Turn a batch of text into (x, y, sample_weight); token ids pass, with their own next tokens for labels.
@@ -384,13 +412,16 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             scoring_mode: `"logits"` or `"loss"`.
             layer_intercept_fn: function (hidden states (B, T, D), index) -> hidden states (B, T, D), or None. The index
                 is -1 for the token embeddings and i for the output of decoder layer i.
-            target_ids: int (B, T), for `"loss"` alone: the token that each position is to predict.
+            target_ids: int (B, T), for `"loss"` alone: the token that each position is to predict. The loss of -100 is
+                0.
 
         Returns:
             float32 logits (B, T, V), or losses in nats (B, T).
 
         Raises:
-            ValueError: for another `scoring_mode`, and for `"loss"` without `target_ids`.
+            TypeError: for ids that are no integers.
+            ValueError: for another `scoring_mode`, for `"loss"` without `target_ids`, for ids out of range, and for
+                targets of another shape than the ids.
 
         Example:
 
@@ -403,12 +434,18 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             raise ValueError(f"scoring_mode ({scoring_mode!r}) must be 'logits' or 'loss'.")
         if scoring_mode == "loss" and target_ids is None:
             raise ValueError("target_ids (None) must be given with scoring_mode='loss': the tokens to predict.")
-        token_ids = ops.convert_to_tensor(token_ids, "int32")
+        backend.synchronize(self)  # scoring is allowed in the middle of `fit`
+        token_ids = ops.convert_to_tensor(token_ids)
+        target_ids = ops.convert_to_tensor(target_ids) if scoring_mode == "loss" else None
+        check_score_ids(token_ids, target_ids, self.backbone.vocabulary_size)
+        token_ids = ops.cast(token_ids, "int32")
         if padding_mask is not None:
             padding_mask = ops.convert_to_tensor(padding_mask, "int32")
         hidden_states = self.backbone.run_layers(token_ids, padding_mask, layer_intercept_fn)
         logits = self.backbone.token_embedding(hidden_states, reverse=True)
-        return logits if scoring_mode == "logits" else token_losses(target_ids, logits)
+        if scoring_mode == "logits":
+            return logits
+        return token_losses(target_ids, logits) * token_weights(target_ids, None)
 
     # === Generation ===
 
@@ -498,14 +535,18 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
     def make_generate_function(self):
         """Create or return what `generate` runs: a `Programs`, or what a subclass makes here.
 
-        It stands in `generate_function` until `compile`, a new sampler or new variables (those of LoRA, or quantised
-        ones) call for another. Called on `{"token_ids", "padding_mask"}` it runs `generate_step`, as KerasHub's does.
+        It stands in `generate_function` until `compile`, a new sampler, another `call_with_cache` or new variables
+        (those of LoRA, or quantised ones) call for another. Called on `{"token_ids", "padding_mask"}` it runs
+        `generate_step`, as KerasHub's does.
         """
-        function = self.generate_function
-        if function is None or (isinstance(function, Programs) and not function.are_for(self.variables)):
-            self.generate_function = None
-            self.generate_function = Programs(self.variables, super().make_generate_function())
-        return self.generate_function
+        with _MAKING:
+            function = self.generate_function
+            made_for = self.variables, self.call_with_cache
+            if function is None or (isinstance(function, Programs) and not function.are_for(*made_for)):
+                self.generate_function = None
+                function = Programs(*made_for, super().make_generate_function())
+                self.generate_function = function
+            return function
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Generate with the compiled sampler's own loop; KerasHub's protocol for samplers.
@@ -541,12 +582,12 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
 
         The cache has as many slots as the prompts have positions, or more. The name is KerasHub's.
         """
-        cache = self.backbone.empty_cache(token_ids, num_slots)
-        if self.overrides("call_with_cache"):
+        cache = self.backbone._empty_cache(token_ids, num_slots)
+        if self._overrides("call_with_cache"):
             return self.call_with_cache(token_ids, cache, 0, **rope_length)[1:]
         return self.backbone.run_layers_with_cache(token_ids, cache, 0, **rope_length)
 
-    def overrides(self, name: str) -> bool:
+    def _overrides(self, name: str) -> bool:
         """Tell whether a subclass, or an attribute of this very model, stands in for a method of `LlamaCausalLM`."""
         return name in vars(self) or getattr(type(self), name) is not getattr(LlamaCausalLM, name)
 

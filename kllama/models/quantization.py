@@ -14,6 +14,7 @@ from keras.dtype_policies import DTypePolicyMap
 from keras.quantizers import AbsMaxQuantizer
 
 from kllama.layers.token_embedding import TokenEmbedding
+from kllama.training.optimizers import renewed
 
 _MODES = ("int8", "int4", "float8")
 # How a layer that is built with a quantised policy treats its inputs: int4 leaves them as they are.
@@ -28,7 +29,7 @@ def quantize_model(
     """Quantise the projections of a model, its embedding table and its head, in place.
 
     A compiled model stays compiled; its optimizer starts anew if it has trained, because its state is the old kernels'.
-    Nothing changes where this raises.
+    A wrong argument changes nothing. Python's garbage collector is frozen meanwhile, in all threads.
 
     Args:
         model: the model.
@@ -41,19 +42,26 @@ def quantize_model(
     Raises:
         TypeError: for `filters` of another type.
         ValueError: for another mode, for layers that are quantised already, compute in float16 (int8 alone) or have
-            LoRA (float8 alone), and where no layer is left to quantise.
+            LoRA (float8 alone), where no layer is left to quantise, and for a `weight_quantizer` in the config.
     """
     mode = mode if config is None else config.mode
     if mode not in _MODES:
         raise ValueError(f"mode = {mode!r}; expected one of {_MODES}. gptq and awq are not implemented for a Llama.")
+    if config is not None and config.weight_quantizer is not None:
+        raise ValueError(
+            f"config.weight_quantizer = {config.weight_quantizer!r}; expected None. It would scale every kernel along "
+            "the same axis, and the kernels of a Llama differ in what their axes are."
+        )
     layers = [layer for layer in quantizable_layers(model, mode) if _matches(layer, filters)]
     _check_layers(layers, mode, filters)
-    with _cheap_collections():
-        for layer in layers:
-            layer.quantize(mode, type_check=type_check, config=config)
-            if mode == "float8":
-                _order_variables(layer)
-    _forget_old_variables(model, mode)
+    try:
+        with _cheap_collections():
+            for layer in layers:
+                layer.quantize(mode, type_check=type_check, config=config)
+                if mode == "float8":
+                    _order_variables(layer)
+    finally:
+        _forget_old_variables(model, mode)
 
 
 def quantizable_layers(model: keras.Model, mode: str) -> list[keras.layers.Layer]:
@@ -75,6 +83,16 @@ def serialize_dtypes(backbone: keras.Model) -> dict:
             _check_activations(layer)
             policies[layer.path] = layer.dtype_policy
     return keras.dtype_policies.serialize(DTypePolicyMap(default.name, policies) if policies else default)
+
+
+def check_preset_mode(model: keras.Model) -> None:
+    """Raise a ValueError for a model whose layers are quantised in a way that a preset cannot hold."""
+    modes = {layer.quantization_mode for layer in model._flatten_layers()} - {None, "int8"}
+    if modes:
+        raise ValueError(
+            f"the model is quantised to {', '.join(sorted(modes))}; expected int8 or none in a preset. Save it with "
+            "save('model.keras')."
+        )
 
 
 def settle_policies(backbone: keras.Model) -> None:
@@ -162,7 +180,7 @@ def _forget_old_variables(model, mode):
     model.train_function = model.test_function = model.predict_function = None
     model._post_quantize(mode)
     if model.compiled and model.optimizer is not None and model.optimizer.built:
-        old, model.optimizer = model.optimizer, type(model.optimizer).from_config(model.optimizer.get_config())
+        old, model.optimizer = model.optimizer, renewed(model.optimizer)
         compiled_with = model._compile_config.config
         if compiled_with["optimizer"] is old:
             compiled_with["optimizer"] = model.optimizer

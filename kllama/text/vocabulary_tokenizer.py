@@ -89,7 +89,11 @@ class VocabularyTokenizer(keras_hub.tokenizers.Tokenizer):
         Raises:
             AttributeError: any other tokenizer; KerasHub asks with `hasattr`.
         """
-        if self.end_token != LLAMA3_END or self._loaded().token_to_id(LLAMA3_TURN_END) is None:
+        if (
+            self.end_token != LLAMA3_END
+            or self._vocabulary is None
+            or self._loaded().token_to_id(LLAMA3_TURN_END) is None
+        ):
             raise AttributeError(f"end_token = {self.end_token!r}; this tokenizer has no second end token.")
         return self.token_to_id(LLAMA3_TURN_END)
 

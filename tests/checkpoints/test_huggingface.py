@@ -238,6 +238,7 @@ def test_base_models_leave_out_the_prefix(folder, head):
     save_file(tensors, folder / SINGLE)
     checkpoint = HuggingFaceCheckpoint(folder)
     assert checkpoint.has_head is head
+    assert checkpoint.sampler == "auto"
     assert checkpoint.backbone_config["tie_word_embeddings"] is not head
     actual = dict(checkpoint.tensors())
     assert list(actual) == list(expected)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import h5py
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 
 import kllama
+from kllama.checkpoints.preset import PresetCheckpoint
+from kllama.checkpoints.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
 from tests.checkpoints.damage import change_config, change_json, refuses, replace
 
@@ -48,6 +51,15 @@ def folder(saved, tmp_path) -> Path:
     for file in saved.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
+
+
+def store_scale(folder: Path, scale: np.ndarray) -> None:
+    """Store a scale of the query as Keras does, which writes bfloat16 as raw pairs of bytes."""
+    is_raw = scale.dtype == ml_dtypes.bfloat16
+    replace(folder / SINGLE, f"{QUERY}/1", scale.view("V2") if is_raw else scale)
+    if is_raw:
+        with h5py.File(folder / SINGLE, "r+") as file:
+            file[f"{QUERY}/1"].attrs["dtype"] = "bfloat16"
 
 
 def logits(backbone) -> np.ndarray:
@@ -199,6 +211,59 @@ def test_a_key_that_is_no_path(folder, layer):
         kllama.LlamaBackbone.from_preset(folder)
 
 
+def set_policies(folder: Path, layers, policy) -> None:
+    change_json(
+        folder / "config.json",
+        lambda content: content["config"]["dtype"]["config"]["policy_map"].update(dict.fromkeys(layers, policy)),
+    )
+
+
+INT8 = {"class_name": "QuantizedDTypePolicy", "config": {"mode": "int8", "source_name": "float32"}}
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("policy", [INT8, "bfloat16", "float32"], ids=["int8", "another float", "the default"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "transformer_layer_0/self_attention/qeury",
+        "transformer_layer_0/feedforward_gates_dense",
+        "transformer_layer_0/self_attention/query/kernel",
+        "transformer_layer_0/query",
+        "transformer_layer_1/self_attention/query",
+        "transformer_layer_1",
+        "transformer_layer_00",
+        "transformer_layer_" + "9" * 5000,
+        "transformer_layer_0/",
+        "llama_backbone",
+        "token_embeddings",
+        "junk",
+    ],
+    ids=lambda layer: layer[:60],
+)
+def test_a_path_that_this_model_does_not_have(folder, layer, policy):
+    set_policies(folder, [layer], policy)
+    with refuses(CheckpointError, folder / "config.json", f"dtype of {shown(layer)}", "the path of a layer"):
+        PresetCheckpoint(folder)
+
+
+@pytest.mark.backend_independent
+def test_more_paths_than_a_model_has(folder):
+    set_policies(folder, [f"transformer_layer_0/dropout_{i}" for i in range(41)], "float32")
+    with refuses(CheckpointError, folder / "config.json", "dtype of 49 layers", "at most 48"):
+        PresetCheckpoint(folder)
+
+
+@pytest.mark.backend_independent
+def test_paths_that_say_nothing_new(saved, folder):
+    """Those with the default policy, and layers without variables of KerasHub's own classes."""
+    parts = ["self_attention/attention_softmax", "self_attention/rotary_embedding", "self_attention/dropout_3"]
+    set_policies(folder, [f"transformer_layer_0/{part}" for part in [*parts, "self_attention_dropout"]], INT8)
+    set_policies(folder, ["transformer_layer_0", "causal_mask", "sequence_output_layernorm"], "float32")
+    set_policies(folder, [f"transformer_layer_0/{parts[0]}"], "bfloat16")
+    assert PresetCheckpoint(folder).dtype == PresetCheckpoint(saved).dtype
+
+
 @pytest.mark.backend_independent
 @pytest.mark.parametrize("policies", [None, [], "int8"])
 def test_a_damaged_map(folder, policies):
@@ -249,6 +314,42 @@ def test_wrong_tensors(folder, place, array, part):
     replace(folder / SINGLE, f"{QUERY}/{place}", array)
     with refuses(CheckpointError, folder, f"{QUERY}/{place}", part):
         kllama.LlamaBackbone.from_preset(folder)
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    "dtype, values",
+    [("float32", [1e-40, 1e-37]), ("bfloat16", [1e-39, 1e-37]), ("float16", [1e-7, 1e-3])],
+)
+def test_scales_that_int8_cannot_be_divided_by(folder, dtype, values):
+    for value in [0.0, -0.0, -1.0, -np.inf, np.inf, np.nan, *values]:
+        check_scale_is_refused(folder, dtype, value)
+
+
+def check_scale_is_refused(folder, dtype, value):
+    scale = np.ones((1, 1, 2, 4), ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    scale[0, 0, 1, 2] = value
+    store_scale(folder, scale)
+    with refuses(CheckpointError, folder / SINGLE, f"{QUERY}/1", "1 of 8"):
+        list(PresetCheckpoint(folder).tensors())
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("value", [1e-36, 127.0, 1.27e9, 3e38])
+def test_scales_that_it_can_be_divided_by(folder, value):
+    replace(folder / SINGLE, f"{QUERY}/1", np.full((1, 1, 2, 4), value, "float32"))
+    arrays = dict(PresetCheckpoint(folder).tensors())
+    path = "transformer_layer_0/self_attention/query/kernel"
+    assert np.all(np.isfinite(arrays[path].astype("float32") / arrays[f"{path}_scale"]))
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("place", [1, 3])
+def test_scales_of_the_embedding(folder, place):
+    name = f"layers/token_embedding/vars/{place}"
+    replace(folder / SINGLE, name, np.zeros(12, "float32"))
+    with refuses(CheckpointError, folder / SINGLE, name, "12 of 12"):
+        list(PresetCheckpoint(folder).tensors())
 
 
 @pytest.mark.backend_independent

@@ -3,18 +3,23 @@
 import contextlib
 import gc
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import keras
 import keras_hub
 import numpy as np
 import pytest
 
 import kllama
+from kllama.checkpoints.keras_hub import KerasHubCheckpoint
+from kllama.errors import CheckpointError
 from kllama.text.formats.rules import byte_characters
+from tests.checkpoints.damage import refuses
 
 SIZES = {
     "num_layers": 2,
@@ -150,6 +155,23 @@ def test_weights_keep_their_dtypes(written, loaded):
     if written.kind.is_tied:
         dtypes = {path: dtype for path, dtype in dtypes.items() if "reverse" not in path}
     assert {weight.path: weight.dtype for weight in loaded[0].weights} == dtypes
+
+
+@pytest.mark.parametrize("written", ["llama int8"], indirect=True)
+@pytest.mark.parametrize(
+    "group",
+    [
+        "reversible_embedding",
+        "llama_transformer_decoder/_self_attention_layer/_query_dense",
+        "llama_transformer_decoder/_feedforward_gate_dense",
+    ],
+)
+def test_scales_that_int8_cannot_be_divided_by(written, tmp_path, group):
+    folder, name = shutil.copytree(written.path, tmp_path / "preset"), f"layers/{group}/vars/1"
+    with h5py.File(folder / "model.weights.h5", "r+") as file:
+        file[name][(0,) * file[name].ndim] = 0
+    with refuses(CheckpointError, folder / "model.weights.h5", name, "1 of "):
+        list(KerasHubCheckpoint(folder).tensors())
 
 
 def test_says_that_it_ties_a_copied_head(written, loaded):

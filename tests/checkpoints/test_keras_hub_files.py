@@ -122,6 +122,7 @@ def test_gives_the_configs(saved):
     assert type(checkpoint) is KerasHubCheckpoint
     assert checkpoint.has_head
     assert checkpoint.dtype == "float32"
+    assert checkpoint.sampler == "auto"
     assert checkpoint.backbone_config == {
         **SIZES,
         "name": "fox",

@@ -76,6 +76,37 @@ def test_the_parts_of_a_tokenizer(llama3_preset):
     assert all(ours.token_to_id(token) == i and ours.id_to_token(i) == token for token, i in theirs.vocabulary.items())
 
 
+def test_the_dtype_of_logits(llama_preset):
+    ids = np.arange(300, 306, dtype="int32")[None]
+
+    def dtype(models):
+        model = models.LlamaCausalLM.from_preset(llama_preset, dtype="bfloat16")
+        return keras.backend.standardize_dtype(model({"token_ids": ids, "padding_mask": np.ones_like(ids)}).dtype)
+
+    assert each(dtype) == {"kllama": "float32", "KerasHub": "bfloat16"}
+
+
+def test_random_weights():
+    def deviations(models):
+        backbone = models.LlamaBackbone(1000, 1, 2, 32, 64, 1)
+        kernel = backbone.get_layer("transformer_layer_0").weights[0]
+        return [round(float(np.std(numpy(weight))), 2) for weight in (backbone.token_embedding.embeddings, kernel)]
+
+    assert each(deviations) == {"kllama": [0.02, 0.02], "KerasHub": [0.01, 0.02]}
+    backbone = kllama.LlamaBackbone(1000, 1, 2, 32, 64, 1, initializer_range=0.1)
+    assert round(float(np.std(numpy(backbone.token_embedding.embeddings))), 1) == 0.1
+
+
+def test_layers_by_number_and_by_name(llama_preset):
+    ours, theirs = each(lambda models: models.LlamaBackbone.from_preset(llama_preset)).values()
+    names = [[layer.name for layer in backbone.layers] for backbone in (ours, theirs)]
+    assert set(names[0]) - set(names[1]) == {"rotary_embedding", "causal_mask"} and len(names[0]) == len(names[1]) + 2
+    layers = [backbone.get_layer("transformer_layer_0") for backbone in (ours, theirs)]
+    mine, other = layers[0].self_attention.query.kernel, layers[1]._self_attention_layer._query_dense.kernel
+    np.testing.assert_array_equal(numpy(mine), numpy(other))
+    assert layers[0].self_attention.query._kernel.path == layers[1]._self_attention_layer._query_dense._kernel.path
+
+
 def test_the_call_of_a_decoder_layer(llama_preset):
     ours, theirs = each(lambda models: models.LlamaBackbone.from_preset(llama_preset)).values()
     token_ids = np.arange(300, 306, dtype="int32")[None]
@@ -242,6 +273,21 @@ def test_rows_are_as_wide_as_the_longest(llama_preset):
         return widths[0]
 
     assert each(width) == {"kllama": 7, "KerasHub": 16}
+
+
+def test_variables_after_the_optimizer(llama_preset):
+    model = kllama.LlamaCausalLM.from_preset(llama_preset)
+    model.fit(TEXTS, verbose=0)
+    model.backbone.enable_lora(rank=2)
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(TEXTS, verbose=0)
+    if keras.backend.backend() != "tensorflow":
+        return
+    theirs = keras_hub.models.LlamaCausalLM.from_preset(llama_preset)
+    theirs.fit(TEXTS, verbose=0)
+    theirs.backbone.enable_lora(rank=2)
+    theirs.fit(TEXTS, verbose=0)
+    assert all((numpy(v) == 0).all() for v in theirs.trainable_variables if v.path.endswith("lora_kernel_b"))
 
 
 def test_labels_beside_text(llama_preset):

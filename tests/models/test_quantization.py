@@ -144,6 +144,11 @@ class TestWhatIsQuantised:
                 ValueError,
                 ["gptq", "int8", "int4", "float8"],
             ),
+            (
+                {"config": keras.quantizers.Int8QuantizationConfig(keras.quantizers.AbsMaxQuantizer(axis=0))},
+                ValueError,
+                ["weight_quantizer", "expected None"],
+            ),
             ({"mode": "int8", "filters": 3}, TypeError, ["filters", "3"]),
             ({"mode": "int8", "filters": "querry"}, ValueError, ["filters", "querry"]),
             ({"mode": "float8", "filters": "token_embedding"}, ValueError, ["filters", "float8"]),
@@ -156,6 +161,14 @@ class TestWhatIsQuantised:
             model.quantize(**arguments)
         assert all(word in str(raised.value) for word in words), raised.value
         assert set(dtypes(model).values()) == {"float32"}
+
+    @pytest.mark.parametrize("mode", ["int4", "float8"])
+    def test_a_preset_holds_int8_alone(self, mode, tmp_path):
+        model = make_model()
+        model.quantize(mode)
+        with pytest.raises(ValueError, match=f"quantised to {mode}; expected int8"):
+            model.save_to_preset(str(tmp_path / "preset"))
+        assert not (tmp_path / "preset").exists()
 
     def test_twice_is_refused_before_anything_changes(self):
         model = make_model()

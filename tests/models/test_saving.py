@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kllama
-from kllama.errors import CheckpointError, MissingFileError
+from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.weights import assign_weights, uninitialized_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -460,6 +460,11 @@ def test_samplers(tmp_path, choice, expected):
     assert loaded.get_config()["sampler"] == model.get_config()["sampler"]
     if choice == "auto":
         assert loaded.get_config()["sampler"] == "auto"
+    model.save_to_preset(str(tmp_path / "preset"))
+    preset = kllama.LlamaCausalLM.from_preset(tmp_path / "preset")
+    assert type(preset.sampler) is type(expected) and preset.sampler.get_config() == config
+    replaced = kllama.LlamaCausalLM.from_preset(tmp_path / "preset", sampler="top_p")
+    assert type(replaced.sampler) is keras_hub.samplers.TopPSampler
 
 
 def test_a_sampler_of_the_users(tmp_path):
@@ -468,6 +473,10 @@ def test_a_sampler_of_the_users(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Thoughtful": Thoughtful})
     assert type(loaded.sampler) is Thoughtful
+    model.save_to_preset(str(tmp_path / "preset"))
+    with pytest.raises(UnsupportedError, match="Thoughtful"):
+        kllama.LlamaCausalLM.from_preset(tmp_path / "preset")
+    assert type(kllama.LlamaCausalLM.from_preset(tmp_path / "preset", sampler=Thoughtful()).sampler) is Thoughtful
 
 
 def test_uncompiled(tmp_path):

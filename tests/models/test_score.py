@@ -68,11 +68,12 @@ def test_gradients_reach_the_embeddings(random_model, token_ids):
 
     change = np.zeros((4, 12, 16), "float32")
     gradient = differentiate(loss_of, change)
+    largest = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
     step = np.zeros_like(change)
-    step[0, 3, 5] = 1e-2
+    step[largest] = 1e-2
     after, before = (ops.convert_to_numpy(loss_of(ops.convert_to_tensor(x))) for x in (step, -step))
     slope = (after - before) / 2e-2
-    assert gradient.shape == change.shape and gradient[0, 3, 5] == pytest.approx(slope, rel=2e-2, abs=1e-5)
+    assert gradient.shape == change.shape and gradient[largest] == pytest.approx(slope, rel=2e-2, abs=1e-5)
 
 
 def differentiate(function, x):
@@ -107,3 +108,54 @@ def test_wrong_arguments(random_model, token_ids, arguments, words):
     with pytest.raises(ValueError) as caught:
         random_model().score(token_ids, **arguments)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ids", "targets", "error", "words"),
+    [
+        ([[5, 300]], None, ValueError, "token_ids holds 300; expected ids from 0 to 299"),
+        ([[5, -1]], None, ValueError, "token_ids holds -1"),
+        ([[5.0, 6.0]], None, TypeError, "token_ids has dtype float"),
+        ([[5, 6]], [[6, 300]], ValueError, "target_ids holds 300"),
+        ([[5, 6]], [[6, -1]], ValueError, "target_ids holds -1"),
+        ([[5, 6]], [[6]], ValueError, "target_ids has shape (1, 1); expected that of token_ids, (1, 2)"),
+    ],
+)
+def test_wrong_ids(random_model, ids, targets, error, words):
+    mode = "logits" if targets is None else "loss"
+    with pytest.raises(error) as caught:
+        random_model().score(
+            np.array(ids), scoring_mode=mode, target_ids=None if targets is None else np.array(targets)
+        )
+    assert words in str(caught.value)
+
+
+def test_an_ignored_target_has_no_loss(random_model, token_ids):
+    targets = np.roll(token_ids, -1, axis=1)
+    targets[:, ::2] = -100
+    losses = ops.convert_to_numpy(random_model().score(token_ids, scoring_mode="loss", target_ids=targets))
+    assert (losses[:, ::2] == 0).all() and (losses[:, 1::2] > 0).all()
+
+
+def test_a_function_that_gives_nothing(random_model, token_ids):
+    with pytest.raises(TypeError, match="gave None for index 0"):
+        random_model().score(token_ids, layer_intercept_fn=lambda x, i: None if i == 0 else x)
+
+
+def test_in_the_middle_of_fit(random_model, token_ids):
+    model, scores = random_model(), []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            scores.append(ops.convert_to_numpy(model.score(token_ids[:1])))
+
+    model.fit(token_ids, batch_size=2, verbose=0, callbacks=[Look()])
+    assert len(scores) == 2 and np.isfinite(scores).all() and np.abs(scores[0] - scores[1]).max() > 0
+
+
+def test_logits_are_float32_in_every_dtype(random_model, token_ids, padding_mask):
+    model = random_model(dtype="bfloat16")
+    expected = ops.convert_to_numpy(model({"token_ids": token_ids, "padding_mask": padding_mask}))
+    scores = ops.convert_to_numpy(model.score(token_ids, padding_mask))
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores[padding_mask > 0], expected[padding_mask > 0], atol=1e-2)

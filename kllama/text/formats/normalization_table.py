@@ -17,9 +17,10 @@ from kllama.text.formats.rules import MARK, replace
 
 _OTHER = "\ue000"  # stands for whatever no piece has
 _WORD = re.compile(f"[^ {MARK}]+")
-# Those of SentencePiece's own tables: 12 bytes, and 260 000 nodes.
+# Those of SentencePiece's own tables: 12 bytes, 33 bytes, and 260 000 nodes.
 _MAX_KEY_BYTES = 64
-_MAX_NODES = 2**22
+_MAX_TEXT_BYTES = 256
+_MAX_NODES = 2**20
 
 
 def read_table(blob: bytes, source: object) -> dict[str, str]:
@@ -36,7 +37,8 @@ def read_table(blob: bytes, source: object) -> dict[str, str]:
     labels = units & np.uint32(0x800000FF)
     offsets = (units >> 10) << ((units & 0x200) >> 6)
     children, bases = _by_base(labels)
-    nodes, keys, table = offsets[:1], np.zeros((1, 0), "uint8"), {}
+    nodes, keys = offsets[:1], np.zeros((1, 0), "uint8")
+    replaced, starts = [], []
     num_nodes = 0
     while len(nodes):
         first = np.searchsorted(bases, nodes, "left")
@@ -50,8 +52,10 @@ def read_table(blob: bytes, source: object) -> dict[str, str]:
         keys = np.column_stack([keys[parents], labels[found].astype("uint8")])
         nodes = (found ^ offsets[found]).astype("uint32")
         ends = np.flatnonzero(units[found] & 0x100)
-        table |= zip(_decoded(keys[ends], source), _values(units, nodes[ends], texts, source), strict=True)
-    return table
+        replaced += _decoded(keys[ends], source)
+        starts += _starts(units, nodes[ends], source)
+    values = _values(starts, texts, source)
+    return {key: values[start] for key, start in zip(replaced, starts, strict=True)}
 
 
 def table_normalizers(table: Mapping[str, str], characters: set[str], source: object) -> list[dict]:
@@ -117,20 +121,29 @@ def _decoded(keys: np.ndarray, source: object) -> list[str]:
         raise CheckpointError(f"{source}: precompiled_charsmap is not UTF-8. Download it again.") from error
 
 
-def _values(units: np.ndarray, leaves: np.ndarray, texts: bytes, source: object) -> list[str]:
+def _starts(units: np.ndarray, leaves: np.ndarray, source: object) -> list[int]:
+    """Return where the texts of some leaves start."""
     if np.any(leaves >= len(units)):
         raise CheckpointError(f"{source}: precompiled_charsmap points to nowhere. Download it again.")
-    values = {}
-    starts = (units[leaves] & 0x7FFFFFFF).tolist()
-    for start in set(starts):
-        end = texts.find(b"\0", start)
-        if end < 0:
-            raise CheckpointError(f"{source}: precompiled_charsmap points to nowhere. Download it again.")
-        values[start] = texts[start:end]
-    try:
-        return [values[start].decode("utf-8") for start in starts]
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{source}: precompiled_charsmap is not UTF-8. Download it again.") from error
+    return (units[leaves] & 0x7FFFFFFF).tolist()
+
+
+def _values(starts: list[int], texts: bytes, source: object) -> dict[int, str]:
+    """Return the text at each start. Texts follow each other, so that together they are not larger than the table."""
+    values, num_bytes = {}, 0
+    for start in sorted(set(starts)):
+        end = texts.find(b"\0", start, start + _MAX_TEXT_BYTES + 1)
+        num_bytes += end + 1 - start
+        if end < 0 or num_bytes > len(texts):
+            raise CheckpointError(
+                f"{source}: precompiled_charsmap points to nowhere, into a text, or to one of more than "
+                f"{_MAX_TEXT_BYTES} bytes. Download it again."
+            )
+        try:
+            values[start] = texts[start:end].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{source}: precompiled_charsmap is not UTF-8. Download it again.") from error
+    return values
 
 
 def _class_of(characters: list[str]) -> str:

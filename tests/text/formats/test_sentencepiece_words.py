@@ -172,3 +172,29 @@ class TestTable:
         blob = b"".join(unit.to_bytes(4, "little") for unit in units)
         with pytest.raises(CheckpointError, match="in circles"):
             read_table(len(blob).to_bytes(4, "little") + blob + b"\0", "m")
+
+    @pytest.mark.parametrize("length, is_read", [(0, True), (256, True), (257, False), (10**6, False)])
+    def test_the_length_of_a_text(self, length, is_read):
+        blob = one_level([0], b"a" * length + b"\0")
+        if is_read:
+            assert read_table(blob, "m") == {"\1": "a" * length}
+        else:
+            with pytest.raises(CheckpointError, match="m: precompiled_charsmap .* of more than 256 bytes"):
+                read_table(blob, "m")
+
+    def test_texts_that_lie_in_each_other(self):
+        texts = b"a" * 200 + b"\0"
+        assert read_table(one_level([0, 0, 0], texts), "m") == dict.fromkeys(["\1", "\2", "\3"], "a" * 200)
+        with pytest.raises(CheckpointError, match="m: precompiled_charsmap .*into a text"):
+            read_table(one_level([0, 1], texts), "m")
+
+
+def one_level(starts: list[int], texts: bytes) -> bytes:
+    """Make a table that replaces the characters 1, 2, ... by the texts at these places."""
+    units = [0] * (256 * (len(starts) + 1))
+    for byte, start in enumerate(starts, 1):
+        children = 256 * byte  # of which there is one, with label 0: the leaf
+        units[byte] = (children ^ byte) << 10 | 1 << 8 | byte
+        units[children] = 1 << 31 | start
+    blob = b"".join(unit.to_bytes(4, "little") for unit in units)
+    return len(blob).to_bytes(4, "little") + blob + texts
