@@ -31,10 +31,11 @@ class StoredTensor(NamedTuple):
 
 
 class H5Weights:
-    """The weight files of a directory.
+    """The weight files of a directory, or one weight file.
 
     Args:
-        directory: where they lie.
+        path: the directory, or the file.
+        group: the group of the file that is looked at, all of it by default.
 
     Attributes:
         tensors: a `StoredTensor` for each dataset, by its name in the file, such as `layers/token_embedding/vars/0`.
@@ -45,8 +46,8 @@ class H5Weights:
             int8 in plain blocks.
     """
 
-    def __init__(self, directory: Path):
-        self.tensors = _find_tensors(_weight_files(directory))
+    def __init__(self, path: Path, group: str = "/"):
+        self.tensors = _find_tensors(_weight_files(path), group)
 
     def read(self, names: list[str]) -> Iterator[np.ndarray]:
         """Yield the arrays of some datasets in the dtype that they are stored in, one at a time.
@@ -71,7 +72,19 @@ class H5Weights:
             return _read_array(opened, name, stored, part)
 
 
+def find_group(path: Path, groups: tuple[str, ...]) -> str | None:
+    """Return the first of some groups that a weight file has, or None.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    with _open_h5(path) as file, _h5_errors(path):
+        return next((group for group in groups if group in file), None)
+
+
 def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
     single, index = path / _SINGLE, path / _INDEX
     if single.exists() and index.exists():
         raise CheckpointError(f"{path}: two weight sets, {_SINGLE} and {_INDEX}; expected one. Remove the stale one.")
@@ -97,12 +110,12 @@ def _shard_names(index: Path) -> list[str]:
     return sorted(names)
 
 
-def _find_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+def _find_tensors(files: list[Path], group: str) -> dict[str, StoredTensor]:
     """List what the files hold, by dataset name, without reading it."""
     found = {}
     for file in files:
         with _open_h5(file) as opened:
-            for name, stored in _list_tensors(opened, file):
+            for name, stored in _list_tensors(opened, file, group):
                 if name in found:
                     raise CheckpointError(
                         f"{file}: {name} is in {found[name].file.name} too; expected each tensor once."
@@ -111,9 +124,10 @@ def _find_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     return found
 
 
-def _list_tensors(file: h5py.File, path: Path) -> list[tuple[str, StoredTensor]]:
+def _list_tensors(file: h5py.File, path: Path, group: str) -> list[tuple[str, StoredTensor]]:
     with _h5_errors(path):
-        return [(item.name.lstrip("/"), _describe(item, path)) for item in _datasets(file, path, _DEEPEST_GROUP)]
+        datasets = _datasets(file[group], path, _DEEPEST_GROUP)
+        return [(item.name.lstrip("/"), _describe(item, path)) for item in datasets]
 
 
 def _datasets(group: h5py.Group, path: Path, depth: int) -> Iterator[h5py.Dataset]:

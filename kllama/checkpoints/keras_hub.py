@@ -11,12 +11,12 @@ head: both are told from the weights. Builds no model: `models/` does.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from kllama.checkpoints.h5_weights import H5Weights
+from kllama.checkpoints.h5_weights import H5Weights, find_group
 from kllama.checkpoints.keras_hub_tokenizer import (
     generation_config,
     names_keras_hub,
@@ -74,6 +74,9 @@ _PARTS = {
     "value": "_value_dense",
     "attention_output": "_output_dense",
 }
+_FIRST_LAYER = "llama_transformer_decoder"
+# Where a weight file has its layers: that of a backbone, or of a language model around one.
+_LAYER_GROUPS = ("layers", "layers/llama_backbone/layers", "layers/llama3_backbone/layers")
 _NORM = "layers/llama_layer_norm/vars/0"
 _EMBEDDING = "layers/reversible_embedding/vars"
 
@@ -128,10 +131,7 @@ class KerasHubCheckpoint:
         yield from read_tensors(self._weights, self._expected_tensors())
 
     def _expected_tensors(self) -> Iterator[PresetTensor]:
-        for tensor in preset_tensors(self.backbone_config, self._dtypes.quantizes, _group):
-            # Its feed-forward layers are of a class that keeps scales without the axes for batch and position.
-            is_dense_scale = tensor.path.endswith("_dense/kernel_scale")
-            yield tensor._replace(stored_shape=tensor.shape[2:]) if is_dense_scale else tensor
+        return _expected_tensors(self.backbone_config, self._dtypes.quantizes)
 
     def _settle_head(self) -> None:
         """Find out whether the head is the embedding table, and check that the tensors are the expected ones."""
@@ -156,6 +156,39 @@ class KerasHubCheckpoint:
             if not np.array_equal(self._weights.read_part(table, (rows,)), part.T):
                 return False
         return True
+
+
+def read_weight_file(
+    path: Path, config: dict, quantizes: Callable[[str], bool]
+) -> Iterator[tuple[str, np.ndarray]] | None:
+    """Read a `.weights.h5` file that `save_weights` of KerasHub's backbone or language model wrote.
+
+    Args:
+        path: the file.
+        config: arguments of the `LlamaBackbone` that it is for.
+        quantizes: tells by its path whether a layer of that backbone is quantised to int8.
+
+    Returns:
+        Pairs (variable path, array) for each weight, one at a time; None if the file is not KerasHub's.
+
+    Raises:
+        CheckpointError: a damaged file, or other weights than the backbone has.
+    """
+    outer = find_group(path, tuple(f"{group}/{_FIRST_LAYER}" for group in _LAYER_GROUPS))
+    if outer is None:
+        return None
+    group = outer.removesuffix(f"/{_FIRST_LAYER}")
+    weights, prefix = H5Weights(path, group), group.removesuffix("layers")
+    tensors = [tensor._replace(place=prefix + tensor.place) for tensor in _expected_tensors(config, quantizes)]
+    check_tensors(lambda: iter(tensors), weights.tensors, path)
+    return read_tensors(weights, tensors)
+
+
+def _expected_tensors(config: dict, quantizes: Callable[[str], bool]) -> Iterator[PresetTensor]:
+    for tensor in preset_tensors(config, quantizes, _group):
+        # Its feed-forward layers are of a class that keeps scales without the axes for batch and position.
+        is_dense_scale = tensor.path.endswith("_dense/kernel_scale")
+        yield tensor._replace(stored_shape=tensor.shape[2:]) if is_dense_scale else tensor
 
 
 def _read_backbone_config(file: Path, config: dict) -> dict:

@@ -31,7 +31,7 @@ from kllama.models.dtypes import check_dtype, resolve_dtype
 from kllama.models.layout import megatron_layout
 from kllama.models.lora import check_lora_targets
 from kllama.models.quantization import quantize_model, serialize_dtypes, settle_policies
-from kllama.models.weights import assign_weights, uninitialized_weights
+from kllama.models.weights import assign_weights, load_keras_hub_weights, uninitialized_weights
 
 
 @keras.saving.register_keras_serializable(package="kllama")
@@ -315,6 +315,11 @@ class LlamaBackbone(keras_hub.models.Backbone):
         Reference: Shoeybi et al., "Megatron-LM" (arXiv:1909.08053), section 3.
         """
         return megatron_layout(device_mesh, model_parallel_dim_name, data_parallel_dim_name, num_key_value_heads)
+
+    def load_weights(self, filepath, skip_mismatch: bool = False, **kwargs) -> None:
+        """Load what `save_weights` wrote, KerasHub's Llama's, too; arguments as in `keras.Model.load_weights`."""
+        if not load_keras_hub_weights(self, filepath):
+            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     def default_lora_layer_names(self) -> list[str]:
         """List the names of the layers that `enable_lora` adapts by default."""

@@ -30,6 +30,7 @@ from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.prompts import check_ids, join_results, read_prompts
 from kllama.models.quantization import check_preset_mode, quantize_model
 from kllama.models.variable_watch import VariableWatch
+from kllama.models.weights import load_keras_hub_weights
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
 from kllama.training.batches import is_batches, is_tf_dataset, refuse_labels, unpack_batch, wrap_batches
@@ -126,6 +127,11 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         if not isinstance(sampler, str | dict):
             sampler = keras_hub.samplers.serialize(sampler)
         return {**super().get_config(), "generation_config": dict(self.generation_config), "sampler": sampler}
+
+    def load_weights(self, filepath, skip_mismatch: bool = False, **kwargs) -> None:
+        """Load what `save_weights` wrote, KerasHub's Llama's, too; arguments as in `keras.Model.load_weights`."""
+        if not load_keras_hub_weights(self.backbone, filepath):
+            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs) -> None:
         """Quantise the projections, the embedding table and the head in place; normalizations stay as they are.
@@ -225,7 +231,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         if "preprocessor" not in kwargs:
             has_tokenizer = checkpoint.tokenizer_config is not None
             kwargs["preprocessor"] = LlamaCausalLMPreprocessor.from_checkpoint(checkpoint) if has_tokenizer else None
-        if "sampler" not in kwargs:
+        if "sampler" not in kwargs and checkpoint.sampler != "auto":
             kwargs["sampler"] = checkpoint.sampler
         if "backbone" not in kwargs:
             kwargs["backbone"] = LlamaBackbone.from_checkpoint(checkpoint, load_weights, dtype=dtype)

@@ -3,14 +3,17 @@
 Knows Keras variables and NumPy arrays; knows no file format. Called by `models/`.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
 
 from kllama.checkpoints import progress
+from kllama.checkpoints.keras_hub import read_weight_file
 from kllama.errors import CheckpointError
 
 _WAITING = "uninitialized_variables"
@@ -57,6 +60,35 @@ def assign_weights(model: keras.Model, tensors: Iterable[tuple[str, np.ndarray]]
     for variable in model.variables:
         if variable._value is None:
             variable._deferred_initialize()
+
+
+def load_keras_hub_weights(backbone: keras.Model, file: str | os.PathLike) -> bool:
+    """Load a `.weights.h5` file that KerasHub's Llama wrote; matrices of LoRA become zero, as in Keras.
+
+    Args:
+        backbone: a `LlamaBackbone`.
+        file: what `load_weights` was given.
+
+    Returns:
+        Whether it was such a file. Another one is left to Keras.
+
+    Raises:
+        CheckpointError: a damaged file, or other weights than the backbone has.
+    """
+    path = Path(file)
+    if not path.name.endswith(".weights.h5") or not path.is_file():
+        return False
+    modes = {layer.path: layer.quantization_mode for layer in backbone._flatten_layers(include_self=False)}
+    tensors = read_weight_file(path, backbone.get_config(), lambda layer: modes[layer] == "int8")
+    if tensors is None:
+        return False
+    weights = {weight.path: weight for weight in backbone.weights}
+    for name, array in progress.track(tensors, "loading weights", total=len(weights)):
+        weights[name].assign(keras.ops.convert_to_tensor(np.ascontiguousarray(array), dtype=weights[name].dtype))
+    for name, weight in weights.items():
+        if "/lora_" in name:
+            weight.assign(keras.ops.zeros(weight.shape, dtype=weight.dtype))
+    return True
 
 
 def _initialize(variable: keras.Variable, array: np.ndarray) -> None:

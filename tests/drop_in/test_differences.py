@@ -200,18 +200,6 @@ def test_the_class_names_of_a_preset(llama_preset, tmp_path):
     assert isinstance(keras_hub.models.Backbone.from_preset(str(tmp_path / "kllama")), kllama.LlamaBackbone)
 
 
-def test_weights_of_the_other_library(llama_preset, tmp_path):
-    ours, theirs = each(lambda models: models.LlamaCausalLM.from_preset(llama_preset)).values()
-    theirs.backbone.layer_norm.scale.assign(2 * ops.ones(16))
-    theirs.save_weights(tmp_path / "model.weights.h5")
-    with pytest.raises(ValueError, match="could not be loaded"):
-        ours.load_weights(tmp_path / "model.weights.h5")
-    ours.set_weights(theirs.get_weights())
-    for mine, other in zip(ours.weights, theirs.weights, strict=True):
-        assert mine.path == other.path
-        np.testing.assert_array_equal(numpy(mine), numpy(other))
-
-
 def test_a_keras_file(llama_preset, tmp_path):
     def reload(models):
         model = models.LlamaCausalLM.from_preset(llama_preset)
