@@ -150,7 +150,7 @@ def assert_same_text(actual, expected) -> None:
     "cls, given, besides",
     [
         (kllama.LlamaBackbone, BACKBONE, {"rope_scaling_factor"}),  # shorthand for rope_scaling
-        (kllama.LlamaTokenizer, TOKENIZER, {"tokenizer"}),
+        (kllama.LlamaTokenizer, TOKENIZER, {"tokenizer", "merges"}),
         (kllama.LlamaCausalLMPreprocessor, PREPROCESSOR, {"tokenizer"}),
         (
             kllama.LlamaCausalLM,
