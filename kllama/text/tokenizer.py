@@ -339,6 +339,10 @@ class LlamaTokenizer(ChatTokenizer):
     @classmethod
     def from_checkpoint(cls, checkpoint, **kwargs) -> "LlamaTokenizer":
         """Build the tokenizer of a checkpoint that `kllama.checkpoints.formats` has opened."""
+        if given := [name for name in SOURCES if name in kwargs]:
+            raise ValueError(
+                f"{' and '.join(given)} with a checkpoint; expected its own vocabulary, or a constructor call."
+            )
         if checkpoint.tokenizer_config is None:
             raise MissingFileError(f"{checkpoint.path}: no tokenizer; expected {ASSET}.", str(checkpoint.path / ASSET))
         config = {**checkpoint.tokenizer_config, **with_own_names(kwargs)}

@@ -254,6 +254,11 @@ def pair(request, proto):
         return keras_hub.tokenizers.Llama3Tokenizer(**given), LlamaTokenizer(**given)
     return keras_hub.tokenizers.LlamaTokenizer(proto=str(proto)), LlamaTokenizer(proto=str(proto))
 
+    @pytest.mark.parametrize("name", ["tokenizer", "proto", "merges"])
+    def test_another_vocabulary_than_the_checkpoints(self, name):
+        with pytest.raises(ValueError, match=f"{name} with a checkpoint"):
+            LlamaTokenizer.from_preset("stories_1m_en", **{name: "vocabulary.spm"})
+
 
 class TestCalls:
     """The same types and values, on the backend of the run, for both kinds of vocabulary."""
