@@ -52,10 +52,7 @@ def decode(detokenize: Callable[[list[list[int]]], list[str]], ids):
         raise TypeError(f"ids = {ids}; expected a tensor of integers of shape (), (length,) or (batch, length).")
 
     def run(values, lengths):
-        if not isinstance(ids, tf.RaggedTensor):
-            rows = np.atleast_2d(values)
-        else:
-            rows = np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        rows = _rows(values, lengths) if isinstance(ids, tf.RaggedTensor) else np.atleast_2d(values)
         return np.array([text.encode() for text in detokenize([row.tolist() for row in rows])], object)
 
     texts = _call(run, _parts(ids), tf.string)
@@ -120,7 +117,12 @@ def _parts(text) -> tuple:
 def _as_lists(text, values: np.ndarray, lengths: np.ndarray) -> list:
     if not isinstance(text, tf.RaggedTensor):
         return _decoded(np.atleast_1d(values).tolist())
-    return [_decoded(row.tolist()) for row in np.split(values, np.cumsum(lengths)[:-1])] if len(lengths) else []
+    return [_decoded(row.tolist()) for row in _rows(values, lengths)]
+
+
+def _rows(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Cut the values of a ragged tensor into its rows."""
+    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 def _decoded(values: list) -> list:

@@ -37,7 +37,10 @@ _SAMPLERS = {
         {"temperature": _TEMPERATURE, "k": COUNT.since(5), "alpha": NUMBER.since(0.6)},
     ),
 }
-_NAMES = ("auto", *_SAMPLERS, "speculative")
+SAMPLER_NAMES = tuple(sorted((*_SAMPLERS, "speculative")))
+"""The samplers that KerasHub knows by name."""
+
+_NAMES = ("auto", *SAMPLER_NAMES)
 _CLASSES = {f"keras_hub>{name}": fields for name, fields in _SAMPLERS.values()}
 
 

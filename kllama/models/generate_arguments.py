@@ -14,14 +14,12 @@ import numpy as np
 from kllama import backend
 from kllama.arguments import check_flag, check_integer, check_number
 from kllama.checkpoints.config import GENERATION_KEYS
+from kllama.checkpoints.preset_sampler import SAMPLER_NAMES
 from kllama.generation.sampling import GREEDY, Sampling, sampling_of
 from kllama.models.prompts import Prompts
 from kllama.training.losses import IGNORED_ID
 
 _SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
-
-SAMPLER_NAMES = ("beam", "contrastive", "greedy", "random", "speculative", "top_k", "top_p")
-"""The samplers that KerasHub knows by name."""
 
 KERAS_HUB_DEFAULT = Sampling(top_k=5)
 """What `compile(sampler="top_k")` means."""

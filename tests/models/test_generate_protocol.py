@@ -11,8 +11,8 @@ import pytest
 from keras import ops
 
 import kllama
+from kllama.checkpoints.preset_sampler import SAMPLER_NAMES
 from kllama.generation.programs import Programs
-from kllama.models.generate_arguments import SAMPLER_NAMES
 
 GREEDY = {"temperature": 0}
 
