@@ -82,12 +82,12 @@ def rotate(x, positions, frequencies, factor=1.0):
     return np.concatenate([turned.real, turned.imag], -1)
 
 
-def allowed_keys(num_queries, num_keys, padding_mask=None, start=0):
+def allowed_keys(num_queries, num_keys, padding_mask=None, start=0, window=math.inf):
     """Say which keys (B or 1, S) each query at position `start` + t may see: (B or 1, T, S)."""
     real = np.ones((1, num_keys), bool) if padding_mask is None else np.asarray(padding_mask) > 0
     allowed = np.zeros((len(real), num_queries, num_keys), bool)
     for b, t, s in np.ndindex(allowed.shape):
-        allowed[b, t, s] = s == start + t or (s < start + t and real[b, s])
+        allowed[b, t, s] = s == start + t or (s < start + t < s + window and real[b, s])
     return allowed
 
 

@@ -164,7 +164,8 @@ def backbone_config(config: dict, source: Path) -> dict:
         raise UnsupportedError(f"{source}: hidden_act = {activation}; expected one of {allowed}.")
     _fill_heads(arguments, source)
     theta, scaling = _rope(config, arguments["head_dim"], arguments["max_sequence_length"], source)
-    return {**arguments, "rope_max_wavelength": theta, "rope_scaling": scaling}
+    biases = {"attention_output_bias": arguments["attention_bias"], "qk_norm": False}
+    return {**arguments, **biases, "rope_max_wavelength": theta, "rope_scaling": scaling}
 
 
 def token_ids(config: dict, key: str, source: Path) -> list[int]:

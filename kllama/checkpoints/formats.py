@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kllama.checkpoints import kaggle
 from kllama.checkpoints.catalogue import builtin_presets, kaggle_presets
+from kllama.checkpoints.checkpoint import Checkpoint, Strictness
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
 from kllama.checkpoints.huggingface_tokenizer import HuggingFaceTokenizer
 from kllama.checkpoints.keras_hub import KerasHubCheckpoint, is_keras_hub
@@ -20,19 +21,16 @@ _FORMATS = (
 )
 
 
-def open_checkpoint(handle: str | os.PathLike):
+def open_checkpoint(handle: str | os.PathLike, strictness: Strictness = Strictness()) -> Checkpoint:
     """Open a checkpoint: check it, without reading its weights yet.
 
     Args:
         handle: the name of a preset of the catalogue, a `kaggle://` handle, or the path of a preset directory, kllama's
             or KerasHub's, or of a Hugging Face directory.
+        strictness: what is let pass.
 
     Returns:
-        An object with the attributes `path`, `backbone_config` (arguments of `LlamaBackbone`), `dtype` (the file's
-        own: a name, or a `LayerDtypes`), `has_head` (False for a base model), `tokenizer_config` (arguments of
-        `LlamaTokenizer`, or None), `preprocessor_config`, `generation_config` and `sampler` (a name, `"auto"`, or
-        what `keras_hub.samplers.get` takes; reading it raises what is wrong with it), and the method `tensors()`,
-        which yields (variable path, array) one at a time.
+        The checkpoint, of the class of its format.
 
     Raises:
         MissingFileError: if there is nothing of that name, or a directory without `config.json`.
@@ -50,7 +48,7 @@ def open_checkpoint(handle: str | os.PathLike):
         )
     for is_format, checkpoint_class in _FORMATS:
         if is_format(path):
-            return checkpoint_class(path)
+            return checkpoint_class(path, strictness)
     raise UnsupportedError(
         f"{path}: holds no checkpoint that kllama reads; expected a directory with the config.json of a kllama preset, "
         "of a KerasHub preset or of a Hugging Face Llama."

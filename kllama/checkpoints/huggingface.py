@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kllama.checkpoints.checkpoint import Checkpoint, Strictness
 from kllama.checkpoints.config import backbone_config, generation_settings, token_ids
 from kllama.checkpoints.huggingface_tokenizer import SETTINGS, preprocessor_config, tokenizer_config
 from kllama.checkpoints.name_map import expected_tensors, num_parameters
@@ -49,23 +50,14 @@ def is_huggingface(path: str | Path) -> bool:
     return config.is_file() and "model_type" in read_json(config)
 
 
-class HuggingFaceCheckpoint:
+class HuggingFaceCheckpoint(Checkpoint):
     """An opened Hugging Face directory of model_type "llama".
 
     Args:
         path: the directory.
 
-    Attributes:
-        path: the directory.
-        backbone_config: keyword arguments of `LlamaBackbone`, without `dtype`.
-        has_head: whether there is an output head. A base model (`LlamaModel`) has none: its `backbone_config` then says
-            `tie_word_embeddings`, and only the backbone's hidden states mean anything.
-        dtype: the configuration's "float32", "bfloat16" or "float16", else that of the stored embedding.
-        tokenizer_config: keyword arguments of `LlamaTokenizer`, and the `added_tokens` that its vocabulary lacks; None
-            where there is no vocabulary.
-        preprocessor_config: keyword arguments of `LlamaCausalLMPreprocessor` besides the tokenizer.
-        generation_config: `stop_token_ids` and the sampling settings that the files give.
-        sampler: `"auto"`; these files name no sampler.
+    Attributes: those of `Checkpoint`. A base model (`LlamaModel`) has no head: its `backbone_config` then says
+        `tie_word_embeddings`. `dtype` is that of the configuration, else that of the stored embedding.
 
     Raises:
         MissingFileError: the directory, `config.json`, the weights or a shard are not there.
@@ -81,9 +73,9 @@ class HuggingFaceCheckpoint:
     ```
     """
 
-    sampler = "auto"
+    format = "Hugging Face"
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, strictness: Strictness = Strictness()):
         self.path = Path(path)
         names = _list_directory(self.path)
         config_file = self.path / "config.json"
@@ -112,7 +104,7 @@ class HuggingFaceCheckpoint:
         if self.backbone_config["tie_word_embeddings"] and HEAD in self._stored:
             _check_equal(self._stored[EMBEDDINGS], self._stored[HEAD])
         for tensor in expected_tensors(self.backbone_config):
-            yield tensor.path, tensor.to_kllama(self._stored[tensor.huggingface].read())
+            yield tensor.path, tensor.to_kllama(self._stored[tensor.name].read())
 
 
 class _Stored(NamedTuple):
@@ -216,12 +208,12 @@ def _check_tensors(config: dict, stored: dict[str, _Stored], directory: Path) ->
     _check_dtypes(stored, directory)
     _check_bytes(config, stored, directory)
     # Lazily: at most ten missing names are looked for, however many layers the configuration claims.
-    missing = (tensor.huggingface for tensor in expected_tensors(config) if tensor.huggingface not in stored)
+    missing = (tensor.name for tensor in expected_tensors(config) if tensor.name not in stored)
     missing = list(islice(missing, LISTED))
     if missing:
         raise CheckpointError(f"{directory}: missing tensors: {listed(missing)}.")
 
-    expected = {tensor.huggingface: tensor.huggingface_shape for tensor in expected_tensors(config)}
+    expected = {tensor.name: tensor.stored_shape for tensor in expected_tensors(config)}
     expected.setdefault(HEAD, expected[EMBEDDINGS])  # a tied file may carry a copy
     unexpected = sorted(set(stored) - set(expected))
     if unexpected:

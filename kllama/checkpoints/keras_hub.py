@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kllama.checkpoints.checkpoint import Checkpoint, Strictness
 from kllama.checkpoints.h5_weights import H5Weights, find_group
 from kllama.checkpoints.keras_hub_tokenizer import (
     generation_config,
@@ -86,7 +87,7 @@ def is_keras_hub(path: Path) -> bool:
     return names_keras_hub(path / _CONFIG)
 
 
-class KerasHubCheckpoint:
+class KerasHubCheckpoint(Checkpoint):
     """An opened preset directory of KerasHub's Llama or Llama 3.
 
     Args:
@@ -100,10 +101,9 @@ class KerasHubCheckpoint:
         CheckpointError: if a file is damaged, or the weights are not exactly those that `config.json` asks for.
     """
 
-    has_head = True
-    sampler = "auto"  # KerasHub does not save it
+    format = "KerasHub preset"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, strictness: Strictness = Strictness()):
         self.path = path
         config_file = path / _CONFIG
         config = read_class(config_file, "Backbone")
@@ -204,6 +204,8 @@ def _read_backbone_config(file: Path, config: dict) -> dict:
         "head_dim": hidden_dim // num_heads,
         "rope_scaling": _rope_scaling(file, rope),
         "attention_bias": False,
+        "attention_output_bias": False,
+        "qk_norm": False,
         "mlp_bias": False,
     }
 

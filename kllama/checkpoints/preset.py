@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kllama.checkpoints.checkpoint import Checkpoint, Strictness
 from kllama.checkpoints.config import GENERATION_KEYS, generation_settings, token_ids
 from kllama.checkpoints.h5_weights import H5Weights
 from kllama.checkpoints.preset_dtype import read_layer_dtypes, read_policy
@@ -46,6 +47,7 @@ _TEMPLATE = Kind(
         all(type(text) is str for text in value.values()) if type(value) is dict else STRING.or_null().accepts(value)
     ),
 )
+_NAMES = Kind("a list of strings", lambda value: type(value) is list and all(type(item) is str for item in value))
 
 # What `get_config` of each class writes. Ranges and how values fit together are for the constructors to check.
 _BACKBONE_FIELDS = {
@@ -67,6 +69,10 @@ _BACKBONE_FIELDS = {
     "attention_dropout": NUMBER,
     "tie_word_embeddings": FLAG,
     "attention_bias": FLAG,
+    "attention_output_bias": FLAG.or_null().since(None),
+    "qk_norm": FLAG.since(False),
+    "sliding_window": COUNT.or_null().since(None),
+    "layer_types": _NAMES.or_null().since(None),
     "mlp_bias": FLAG,
     "activation": STRING,
 }
@@ -97,7 +103,7 @@ def has_preset_tokenizer(path: Path) -> bool:
     return (path / _TOKENIZER_ASSET).is_file()
 
 
-class PresetCheckpoint:
+class PresetCheckpoint(Checkpoint):
     """An opened preset directory.
 
     Args:
@@ -111,14 +117,16 @@ class PresetCheckpoint:
         CheckpointError: if a file is damaged, or the weights are not exactly those that `config.json` asks for.
     """
 
-    has_head = True
+    format = "kllama preset"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, strictness: Strictness = Strictness()):
         self.path = path
         config_file = path / _CONFIG
         config = read_object(config_file, _BACKBONE)
         dtype = config.pop("dtype", None)
         self.backbone_config = read_fields(config_file, config, _BACKBONE_FIELDS)
+        if self.backbone_config["attention_output_bias"] is None:
+            self.backbone_config["attention_output_bias"] = self.backbone_config["attention_bias"]
         self._dtypes = read_layer_dtypes(config_file, dtype, self.backbone_config["num_layers"])
         self.tokenizer_config = _read_tokenizer_config(path)
         self.preprocessor_config = _read_preprocessor_config(path)

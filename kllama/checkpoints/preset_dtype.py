@@ -18,7 +18,7 @@ INT8 = "int8"
 # only paths of layers are read, and only those of kllama's layers are kept.
 _INDEX = re.compile(r"transformer_layer_(0|[1-9]\d{0,8})(?:/(.+))?", re.ASCII)
 _EMBEDDING = "token_embedding"
-_OTHERS = ("rotary_embedding", "causal_mask", "sequence_output_layernorm")
+_OTHERS = ("rotary_embedding", "causal_mask", "sliding_mask", "sequence_output_layernorm")
 # Within a transformer layer: parts that have a kernel to quantise, and parts that have none.
 _KERNELS = (
     *(f"self_attention/{name}" for name in ("query", "key", "value", "attention_output")),
@@ -30,6 +30,8 @@ _PARTS = (
     "self_attention_layernorm",
     "self_attention_dropout",
     "self_attention/probability_dropout",
+    "self_attention/query_norm",
+    "self_attention/key_norm",
     "feedforward_layernorm",
 )
 # Those of KerasHub's classes, which have no variables, some with a name that Keras made up.

@@ -51,7 +51,7 @@ def preset_tensors(
     """
     for path, shape in ((tensor.path, tensor.shape) for tensor in expected_tensors(config)):
         layer, variable = path.rsplit("/", 1)
-        has_bias = config["attention_bias" if "/self_attention/" in path else "mlp_bias"]
+        has_bias = config[_bias_setting(layer)]
         is_int8 = variable not in ("bias", "scale") and quantizes(layer)
         index = {"bias": 1, "reverse_embeddings": 2 if is_int8 else 1}.get(variable, 0)
         place = f"{group(layer)}/vars"
@@ -60,6 +60,12 @@ def preset_tensors(
             index += 2 if variable == "kernel" and has_bias else 1
             shape = _scale_shape(layer, variable, shape)
             yield PresetTensor(f"{path}_scale", shape, f"{place}/{index}", shape, FLOATS)
+
+
+def _bias_setting(layer: str) -> str:
+    if layer.endswith("/attention_output"):
+        return "attention_output_bias"
+    return "attention_bias" if "/self_attention/" in layer else "mlp_bias"
 
 
 def _scale_shape(layer: str, variable: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,25 +7,35 @@ from kllama.core.masks import cached_causal_mask, causal_mask
 
 @keras.saving.register_keras_serializable(package="kllama")
 class CausalMask(keras.layers.Layer):
-    """Build the mask that all layers share, or None where a causal flag says it all.
+    """Build the mask that layers share, or None where a causal flag says it all.
+
+    Args:
+        window: None, or the number of keys that a query sees at most: a sliding window.
+        **kwargs: base layer keywords, such as `name` and `dtype`.
 
     Call arguments:
+        token_ids: (B, T); only its length is read.
         padding_mask: None, or (B, T) with 1 for real tokens.
 
     Returns:
-        None, or bool (B, 1, T, T): True where query t may see key s; see `kllama.core.masks.causal_mask`.
+        None, or bool (1 or B, 1, T, T): True where query t may see key s; see `kllama.core.masks.causal_mask`.
     """
 
-    def call(self, padding_mask):
-        return causal_mask(padding_mask)
+    def __init__(self, window: int | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.window = window
+        self.built = True
+
+    def call(self, token_ids, padding_mask=None):
+        return causal_mask(token_ids, padding_mask, self.window)
 
     def for_cache(self, token_ids, num_slots: int, start):
         """Build the mask of new tokens (B, T) at slots `start` and on of a cache of S slots: bool (1, 1, T, S)."""
-        return cached_causal_mask(token_ids, num_slots, start)
+        return cached_causal_mask(token_ids, num_slots, start, self.window)
 
-    def compute_output_spec(self, padding_mask):
-        batch_size, length = padding_mask.shape
+    def compute_output_spec(self, token_ids, padding_mask=None):
+        batch_size, length = token_ids.shape
         return keras.KerasTensor((batch_size, 1, length, length), dtype="bool")
 
     def get_config(self):
-        return super().get_config()  # Keras cannot derive it where `dtype` is a policy map.
+        return {**super().get_config(), "window": self.window}

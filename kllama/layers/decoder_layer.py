@@ -24,7 +24,9 @@ class LlamaDecoderLayer(keras.layers.Layer):
         layer_norm_epsilon: epsilon of both normalizations.
         dropout: rate of dropout on the attention output.
         attention_dropout: rate of dropout on the attention probabilities.
-        attention_bias: whether query, key, value and attention output projections have a bias.
+        attention_bias: whether query, key and value projections have a bias.
+        attention_output_bias: whether the attention output projection has one; None means as those.
+        qk_norm: whether queries and keys are normalized, with the same epsilon.
         mlp_bias: whether gate, intermediate and output projections have a bias.
         kernel_initializer: of all projections.
         **kwargs: base layer keywords, such as `name` and `dtype`.
@@ -50,6 +52,8 @@ class LlamaDecoderLayer(keras.layers.Layer):
         dropout=0,
         attention_dropout=0,
         attention_bias=False,
+        attention_output_bias=None,
+        qk_norm=False,
         mlp_bias=False,
         kernel_initializer="glorot_uniform",
         **kwargs,
@@ -64,6 +68,8 @@ class LlamaDecoderLayer(keras.layers.Layer):
         self.dropout = dropout
         self.attention_dropout = attention_dropout
         self.attention_bias = attention_bias
+        self.attention_output_bias = attention_bias if attention_output_bias is None else attention_output_bias
+        self.qk_norm = qk_norm
         self.mlp_bias = mlp_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self._activation_function = get_activation(activation)
@@ -77,6 +83,8 @@ class LlamaDecoderLayer(keras.layers.Layer):
             self.num_key_value_heads,
             self.head_dim,
             use_bias=self.attention_bias,
+            use_output_bias=self.attention_output_bias,
+            qk_norm_epsilon=self.layer_norm_epsilon if self.qk_norm else None,
             dropout=self.attention_dropout,
             kernel_initializer=self.kernel_initializer,
             dtype=policy,
@@ -150,6 +158,8 @@ class LlamaDecoderLayer(keras.layers.Layer):
             "dropout": self.dropout,
             "attention_dropout": self.attention_dropout,
             "attention_bias": self.attention_bias,
+            "attention_output_bias": self.attention_output_bias,
+            "qk_norm": self.qk_norm,
             "mlp_bias": self.mlp_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }

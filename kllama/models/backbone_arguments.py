@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 from kllama.arguments import check_flag, check_integer, check_number
@@ -18,14 +18,18 @@ _COUNTS = (
     "num_key_value_heads",
     "head_dim",
     "max_sequence_length",
+    "sliding_window",
 )
 _POSITIVE = ("rope_max_wavelength", "layer_norm_epsilon")
 _RATES = ("dropout", "attention_dropout")
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-_OPTIONAL = ("head_dim", "max_sequence_length")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "attention_output_bias", "qk_norm", "mlp_bias")
+_OPTIONAL = ("head_dim", "max_sequence_length", "sliding_window")
 _LAYER_KEYWORDS = ("name", "trainable")
 
-CONFIG_NAMES = (*_COUNTS, *_POSITIVE, *_RATES, *_FLAGS, "initializer_range", "activation", "rope_scaling")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""How a layer's queries see: all keys before them, or those of a sliding window. The names are Hugging Face's."""
+
+CONFIG_NAMES = (*_COUNTS, *_POSITIVE, *_RATES, *_FLAGS, "initializer_range", "activation", "rope_scaling", "layer_types")
 """The arguments that make up a backbone's config, besides `name`, `trainable` and `dtype`."""
 
 KERAS_HUB_ROPE_KEYWORDS = (
@@ -66,10 +70,13 @@ def settle_arguments(arguments: Mapping, rope_scaling_factor: float, keywords: M
     for name in _RATES:
         check_number(name, config[name], lambda x: 0 <= x < 1, "at least 0 and less than 1")
         config[name] = _plain(config[name])
+    if config["attention_output_bias"] is None:
+        config["attention_output_bias"] = config["attention_bias"]
     for name in _FLAGS:
         check_flag(name, config[name])
     get_activation(config["activation"])
     _settle_heads(config)
+    _settle_layer_types(config)
     config["rope_scaling"] = _settle_rope_scaling(config, rope_scaling_factor, keywords)
     return config
 
@@ -92,6 +99,22 @@ def _settle_heads(config: dict) -> None:
         )
 
 
+def _settle_layer_types(config: dict) -> None:
+    types, num_layers = config["layer_types"], config["num_layers"]
+    if types is None:
+        return
+    if isinstance(types, str) or not isinstance(types, Sequence):
+        raise TypeError(f"layer_types ({types!r}) must be a list of str, or None.")
+    if len(types) != num_layers or not all(kind in LAYER_TYPES for kind in types):
+        raise ValueError(f"layer_types ({types!r}) must name one of {LAYER_TYPES} for each of the {num_layers} layers.")
+    if (LAYER_TYPES[1] in types) != (config["sliding_window"] is not None):
+        raise ValueError(
+            f"sliding_window ({config['sliding_window']}) must be given if, and only if, layer_types ({types!r}) names "
+            f"{LAYER_TYPES[1]!r}."
+        )
+    config["layer_types"] = list(types) if len(set(types)) > 1 else None
+
+
 def _settle_rope_scaling(config: dict, factor: float, keywords: Mapping) -> dict | None:
     asked = {
         "rope_scaling": config["rope_scaling"],
@@ -110,6 +133,12 @@ def _settle_rope_scaling(config: dict, factor: float, keywords: Mapping) -> dict
             )
         return mapping
     return None
+
+
+def layer_windows(num_layers: int, sliding_window: int | None, layer_types: list[str] | None) -> tuple[int | None, ...]:
+    """Give the sliding window of each layer, None for those whose queries see all keys before them."""
+    types = layer_types or [LAYER_TYPES[sliding_window is not None]] * num_layers
+    return tuple(sliding_window if kind == LAYER_TYPES[1] else None for kind in types)
 
 
 def refuse_unknown_keywords(keywords: Mapping) -> None:

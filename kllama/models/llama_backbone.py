@@ -14,6 +14,7 @@ from keras_hub.src.utils.preset_utils import register_presets
 
 from kllama.arguments import check_integer
 from kllama.checkpoints.catalogue import keras_hub_entries
+from kllama.checkpoints.checkpoint import Strictness
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.errors import CheckpointError
 from kllama.layers.causal_mask import CausalMask
@@ -24,6 +25,7 @@ from kllama.layers.token_embedding import TokenEmbedding
 from kllama.models.backbone_arguments import (
     CONFIG_NAMES,
     KERAS_HUB_ROPE_KEYWORDS,
+    layer_windows,
     refuse_unknown_keywords,
     settle_arguments,
 )
@@ -62,7 +64,13 @@ class LlamaBackbone(keras_hub.models.Backbone):
             `"longrope"` or `"llama3"`) and that type's values; see `kllama.core.rope_scaling`.
         max_sequence_length: the longest sequence the model is made for (Hugging Face's `max_position_embeddings`), or
             None. It bounds generation, and some types of `rope_scaling` need it.
-        attention_bias: whether the query, key, value and output projections have biases. Defaults to False.
+        attention_bias: whether the query, key and value projections have biases. Defaults to False.
+        attention_output_bias: whether the attention output projection has one. None, the default, means as those:
+            Llama's biases are on all four, Qwen2's on three.
+        qk_norm: whether the queries and keys of each head are normalized before they are rotated, as in Qwen3.
+        sliding_window: None, or the number of keys that a query sees at most, itself among them, as in Mistral.
+        layer_types: None, or `"full_attention"` or `"sliding_attention"` for each layer: the window holds for those
+            alone. By default for all.
         mlp_bias: whether the three feed-forward projections have biases. Defaults to False.
         activation: name of the gate's activation; see `kllama.core.activations`. Defaults to `"silu"`.
         attention_dropout: rate of dropout on the attention probabilities, in [0, 1). Defaults to 0.
@@ -117,6 +125,10 @@ class LlamaBackbone(keras_hub.models.Backbone):
         rope_scaling: dict | None = None,
         max_sequence_length: int | None = None,
         attention_bias: bool = False,
+        attention_output_bias: bool | None = None,
+        qk_norm: bool = False,
+        sliding_window: int | None = None,
+        layer_types: list[str] | None = None,
         mlp_bias: bool = False,
         activation: str = "silu",
         attention_dropout: float = 0,
@@ -141,6 +153,10 @@ class LlamaBackbone(keras_hub.models.Backbone):
             "rope_scaling": rope_scaling,
             "max_sequence_length": max_sequence_length,
             "attention_bias": attention_bias,
+            "attention_output_bias": attention_output_bias,
+            "qk_norm": qk_norm,
+            "sliding_window": sliding_window,
+            "layer_types": layer_types,
             "mlp_bias": mlp_bias,
             "activation": activation,
             "attention_dropout": attention_dropout,
@@ -166,7 +182,11 @@ class LlamaBackbone(keras_hub.models.Backbone):
             dtype=dtype,
             name="rotary_embedding",
         )
-        self.causal_mask = CausalMask(dtype=dtype, name="causal_mask")
+        self._windows = layer_windows(config.num_layers, config.sliding_window, config.layer_types)
+        if None in self._windows:
+            self.causal_mask = CausalMask(dtype=dtype, name="causal_mask")
+        if config.sliding_window is not None:
+            self.sliding_mask = CausalMask(config.sliding_window, dtype=dtype, name="sliding_mask")
         self.transformer_layers = [
             LlamaDecoderLayer(
                 config.num_query_heads,
@@ -178,6 +198,8 @@ class LlamaBackbone(keras_hub.models.Backbone):
                 dropout=config.dropout,
                 attention_dropout=config.attention_dropout,
                 attention_bias=config.attention_bias,
+                attention_output_bias=config.attention_output_bias,
+                qk_norm=config.qk_norm,
                 mlp_bias=config.mlp_bias,
                 kernel_initializer=initializer.clone(),
                 dtype=dtype,
@@ -215,10 +237,10 @@ class LlamaBackbone(keras_hub.models.Backbone):
             Hidden states (B, T, D) after the final normalization, as a call of the backbone gives them.
         """
         cos, sin = self.rotary_embedding(token_ids, padding_mask)
-        attention_mask = None if padding_mask is None else self.causal_mask(padding_mask)
+        masks = self._make_masks(lambda mask: mask(token_ids, padding_mask))
         x = _intercepted(intercept, self.token_embedding(token_ids), -1)
-        for i, transformer_layer in enumerate(self.transformer_layers):
-            x = _intercepted(intercept, transformer_layer(x, cos, sin, attention_mask), i)
+        for i, (transformer_layer, mask) in enumerate(zip(self.transformer_layers, masks, strict=True)):
+            x = _intercepted(intercept, transformer_layer(x, cos, sin, mask), i)
         return self.layer_norm(x)
 
     def run_layers_with_cache(self, token_ids, cache, cache_update_index, rope_length=None):
@@ -234,12 +256,21 @@ class LlamaBackbone(keras_hub.models.Backbone):
             `(hidden states (B, T, D), updated cache)`.
         """
         cos, sin = self.rotary_embedding(token_ids, start_index=cache_update_index, length=rope_length)
-        mask = self.causal_mask.for_cache(token_ids, cache.shape[3], cache_update_index)
+        num_slots = cache.shape[3]
+        masks = self._make_masks(lambda mask: mask.for_cache(token_ids, num_slots, cache_update_index))
         x, caches = self.token_embedding(token_ids), []
-        for i, transformer_layer in enumerate(self.transformer_layers):
+        for i, (transformer_layer, mask) in enumerate(zip(self.transformer_layers, masks, strict=True)):
             x, updated = transformer_layer(x, cos, sin, mask, cache=cache[:, i], cache_update_index=cache_update_index)
             caches.append(updated)
         return self.layer_norm(x), keras.ops.stack(caches, axis=1)
+
+    def _make_masks(self, make: Callable) -> list:
+        """Make the mask of each layer; layers with the same window share one."""
+        made = {
+            window: make(self.causal_mask if window is None else self.sliding_mask)
+            for window in dict.fromkeys(self._windows)
+        }
+        return [made[window] for window in self._windows]
 
     def _empty_cache(self, token_ids, num_slots: int | None = None):
         """Give a cache of zeros for sequences (B, T): (B, L, 2, S, K, H), where S is `num_slots`, or T."""
@@ -355,10 +386,22 @@ class LlamaBackbone(keras_hub.models.Backbone):
         config |= {name: getattr(self, name) for name in CONFIG_NAMES}
         if self.rope_scaling is not None:
             config["rope_scaling"] = dict(self.rope_scaling)
+        if self.layer_types is not None:
+            config["layer_types"] = list(self.layer_types)
         return config
 
     @classmethod
-    def from_preset(cls, preset, load_weights: bool = True, *, dtype=None, **kwargs):
+    def from_preset(
+        cls,
+        preset,
+        load_weights: bool = True,
+        *,
+        dtype=None,
+        verify: bool = True,
+        check_finite: bool = True,
+        strict: bool = True,
+        **kwargs,
+    ):
         """Build a backbone from a checkpoint.
 
         Args:
@@ -366,6 +409,10 @@ class LlamaBackbone(keras_hub.models.Backbone):
                 KerasHub's, or of a Hugging Face directory. The format is recognised by content.
             load_weights: whether to load the weights; otherwise they are random.
             dtype: of weights and computation. By default a global dtype policy, if one was set, else the file's own.
+            verify: whether files are compared with the sizes and SHA-256 of the manifest beside them, where there is
+                one.
+            check_finite: whether NaN and infinity in weights are refused.
+            strict: whether tensors that the configuration does not use are refused; else a warning names them.
             **kwargs: constructor arguments that replace the checkpoint's, such as `dropout`.
 
         Returns:
@@ -383,11 +430,15 @@ class LlamaBackbone(keras_hub.models.Backbone):
         backbone = kllama.LlamaBackbone.from_preset("stories_1m_en")
         ```
         """
-        return cls.from_checkpoint(open_checkpoint(preset), load_weights, dtype=dtype, **kwargs)
+        checkpoint = open_checkpoint(preset, Strictness(verify, check_finite, strict))
+        return cls.from_checkpoint(checkpoint, load_weights, dtype=dtype, **kwargs)
 
     @classmethod
     def from_checkpoint(cls, checkpoint, load_weights: bool = True, *, dtype=None, **kwargs):
         """Build a backbone from a checkpoint that `kllama.checkpoints.formats.open_checkpoint` has opened."""
+        for argument, question in checkpoint.open_questions.items():
+            if argument not in kwargs:
+                raise CheckpointError(question)
         config = {**checkpoint.backbone_config, "dtype": resolve_dtype(dtype, checkpoint.dtype)}
         if not {"rope_scaling_factor", *KERAS_HUB_ROPE_KEYWORDS}.isdisjoint(kwargs):
             config["rope_scaling"] = None

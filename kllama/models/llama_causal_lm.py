@@ -13,6 +13,7 @@ from keras import ops
 from keras_hub.src.utils.tensor_utils import in_tf_function
 
 from kllama import backend
+from kllama.checkpoints.checkpoint import Strictness
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.errors import CheckpointError
 from kllama.generation.programs import Programs
@@ -198,7 +199,17 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         super().save_to_preset(preset_dir, **kwargs)
 
     @classmethod
-    def from_preset(cls, preset, load_weights: bool = True, *, dtype=None, **kwargs):
+    def from_preset(
+        cls,
+        preset,
+        load_weights: bool = True,
+        *,
+        dtype=None,
+        verify: bool = True,
+        check_finite: bool = True,
+        strict: bool = True,
+        **kwargs,
+    ):
         """Build a language model, with its tokenizer, from a checkpoint.
 
         Args:
@@ -206,6 +217,10 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
                 KerasHub's, or of a Hugging Face directory. The format is recognised by content.
             load_weights: whether to load the weights; otherwise they are random.
             dtype: of weights and computation. By default a global dtype policy, if one was set, else the file's own.
+            verify: whether files are compared with the sizes and SHA-256 of the manifest beside them, where there is
+                one.
+            check_finite: whether NaN and infinity in weights are refused.
+            strict: whether tensors that the configuration does not use are refused; else a warning names them.
             **kwargs: constructor arguments that replace the checkpoint's, such as `preprocessor`.
 
         Returns:
@@ -222,7 +237,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
                 f"dtype ({dtype!r}) and load_weights ({load_weights}) are for a backbone from the checkpoint; expected "
                 "neither with backbone=."
             )
-        checkpoint = open_checkpoint(preset)
+        checkpoint = open_checkpoint(preset, Strictness(verify, check_finite, strict))
         if not checkpoint.has_head:
             raise CheckpointError(
                 f"{checkpoint.path}: lm_head.weight is missing and tie_word_embeddings is false; expected one of the "

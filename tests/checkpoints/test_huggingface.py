@@ -134,9 +134,9 @@ def test_gives_every_tensor_in_kllamas_shape(folder):
     tensors = dict(checkpoint.tensors())
     expected = list(expected_tensors(checkpoint.backbone_config))
     assert list(tensors) == [tensor.path for tensor in expected]
-    assert {tensor.huggingface for tensor in expected} == set(stored)
+    assert {tensor.name for tensor in expected} == set(stored)
     for tensor in expected:
-        np.testing.assert_array_equal(tensor.to_huggingface(tensors[tensor.path]), stored[tensor.huggingface])
+        np.testing.assert_array_equal(tensor.to_stored(tensors[tensor.path]), stored[tensor.name])
     kernel = tensors["transformer_layer_1/self_attention/query/kernel"]
     assert kernel[3, 2, 1] == stored[Q_PROJ][2 * 6 + 1, 3]
 
@@ -747,10 +747,10 @@ def test_goldens_open_and_give_every_tensor(assets):
                 stored.update({name: opened.get_tensor(name) for name in opened.keys()})
         tensors = dict(checkpoint.tensors())
         expected = list(expected_tensors(checkpoint.backbone_config))
-        assert {tensor.huggingface for tensor in expected} == set(stored), folder.name
+        assert {tensor.name for tensor in expected} == set(stored), folder.name
         for tensor in expected:
-            exported = tensor.to_huggingface(tensors[tensor.path])
-            np.testing.assert_array_equal(exported, stored[tensor.huggingface], err_msg=f"{folder.name} {tensor.path}")
+            exported = tensor.to_stored(tensors[tensor.path])
+            np.testing.assert_array_equal(exported, stored[tensor.name], err_msg=f"{folder.name} {tensor.path}")
 
 
 def test_goldens_open_with_the_config_of_transformers_4(assets, tmp_path):

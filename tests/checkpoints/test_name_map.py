@@ -44,7 +44,7 @@ def test_the_tensors_are_those_of_transformers(tied, attention_bias, mlp_bias):
         )
     )
     actual = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert {tensor.huggingface: tensor.huggingface_shape for tensor in expected_tensors(config)} == actual
+    assert {tensor.name: tensor.stored_shape for tensor in expected_tensors(config)} == actual
     assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -84,31 +84,31 @@ def test_paths_and_shapes_are_those_of_keras_hub():
 def test_import_computes_what_the_reference_computes():
     """`W x` of a stored matrix is the einsum of kllama's kernel, head by head."""
     rng = np.random.default_rng(0)
-    by_name = {tensor.huggingface: tensor for tensor in expected_tensors(CONFIG)}
+    by_name = {tensor.name: tensor for tensor in expected_tensors(CONFIG)}
     x, heads = rng.normal(size=8), rng.normal(size=(6, 4))
     for projection, num_heads in (("q", 6), ("k", 3), ("v", 3)):
         tensor = by_name[f"model.layers.1.self_attn.{projection}_proj.weight"]
-        matrix = rng.normal(size=tensor.huggingface_shape)
+        matrix = rng.normal(size=tensor.stored_shape)
         expected = (matrix @ x).reshape(num_heads, 4)
         np.testing.assert_allclose(np.einsum("d,dnh->nh", x, tensor.to_kllama(matrix)), expected)
     tensor = by_name["model.layers.1.self_attn.o_proj.weight"]
-    matrix = rng.normal(size=tensor.huggingface_shape)
+    matrix = rng.normal(size=tensor.stored_shape)
     np.testing.assert_allclose(np.einsum("nh,nhd->d", heads, tensor.to_kllama(matrix)), matrix @ heads.reshape(-1))
     tensor = by_name["model.layers.1.mlp.down_proj.weight"]
-    matrix, hidden = rng.normal(size=tensor.huggingface_shape), rng.normal(size=10)
+    matrix, hidden = rng.normal(size=tensor.stored_shape), rng.normal(size=10)
     np.testing.assert_allclose(hidden @ tensor.to_kllama(matrix), matrix @ hidden)
 
 
 def test_export_undoes_import():
     for index, tensor in enumerate(expected_tensors(CONFIG)):
-        array = np.random.default_rng(index).normal(size=tensor.huggingface_shape).astype("float16")
+        array = np.random.default_rng(index).normal(size=tensor.stored_shape).astype("float16")
         imported = tensor.to_kllama(array)
         assert imported.shape == tensor.shape and imported.dtype == array.dtype, tensor.path
-        np.testing.assert_array_equal(tensor.to_huggingface(imported), array, err_msg=tensor.path)
+        np.testing.assert_array_equal(tensor.to_stored(imported), array, err_msg=tensor.path)
 
 
 def test_names_and_paths_are_one_to_one():
-    assert len({row.huggingface for row in TABLE}) == len({row.path for row in TABLE}) == len(TABLE)
+    assert len({row.name for row in TABLE}) == len({row.path for row in TABLE}) == len(TABLE)
 
 
 def test_a_billion_layers_cost_nothing():

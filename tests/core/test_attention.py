@@ -25,6 +25,11 @@ def draw(num_heads, num_groups, head_dim, batch_size=4, num_queries=7, num_keys=
     return [array.astype("float32") for array in (query, key, value)]
 
 
+def build_mask(padding):
+    padding_mask = ops.convert_to_tensor(padding)
+    return causal_mask(padding_mask, padding_mask)
+
+
 def run(arrays, mask=None, dtype="float32", **kwargs):
     """Run kllama's attention, and give float32 NumPy."""
     tensors = [ops.convert_to_tensor(array, dtype) for array in arrays]
@@ -61,7 +66,7 @@ class TestScaledDotProduct:
     @pytest.mark.parametrize("heads", HEADS)
     def test_padding(self, heads):
         arrays = draw(*heads)
-        mask = causal_mask(ops.convert_to_tensor(PADDING))
+        mask = build_mask(PADDING)
         expected = oracle.attend(*arrays, oracle.allowed_keys(7, 7, PADDING))
         assert oracle.relative_error(run(arrays, mask), expected) < 1e-6
 
@@ -82,7 +87,7 @@ class TestScaledDotProduct:
     @pytest.mark.parametrize("padding", [None, PADDING], ids=["causal", "padding"])
     def test_half_precision(self, dtype, tolerance, padding):
         arrays = draw(6, 2, 10)
-        mask = None if padding is None else causal_mask(ops.convert_to_tensor(padding))
+        mask = None if padding is None else build_mask(padding)
         rounded = [ops.convert_to_numpy(ops.cast(ops.cast(array, dtype), "float32")) for array in arrays]
         expected = oracle.attend(*rounded, oracle.allowed_keys(7, 7, padding))
         assert oracle.relative_error(run(arrays, mask, dtype, is_causal=True), expected) < tolerance
@@ -142,7 +147,7 @@ def gradient(function, variable) -> np.ndarray:
 def test_fully_padded_rows_are_finite(dtype):
     """N8, and gradients too."""
     arrays = draw(4, 2, 8)
-    mask = causal_mask(ops.convert_to_tensor(np.vstack([0 * PADDING[:1], PADDING[1:]])))
+    mask = build_mask(np.vstack([0 * PADDING[:1], PADDING[1:]]))
     assert np.isfinite(run(arrays, mask, dtype)).all()
 
     def attend(scale):

@@ -17,9 +17,10 @@ ROWS = {
 }
 
 
-def build(rows, dtype="int32"):
+def build(rows, dtype="int32", window=None):
     """Run kllama's, and give NumPy or None."""
-    mask = causal_mask(ops.convert_to_tensor(np.array(rows), dtype))
+    padding_mask = ops.convert_to_tensor(np.array(rows), dtype)
+    mask = causal_mask(padding_mask, padding_mask, window)
     return None if mask is None else ops.convert_to_numpy(mask)
 
 
@@ -46,14 +47,29 @@ def test_only_right_padding_needs_no_mask(kind):
 
 
 def test_no_padding_mask():
-    assert causal_mask(None) is None
+    assert causal_mask(ops.ones((1, 3))) is None
 
 
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_a_window(window):
+    rows = list(ROWS.values())
+    np.testing.assert_array_equal(build(rows, window=window)[:, 0], oracle.allowed_keys(5, 5, rows, window=window))
+    mask = causal_mask(ops.ones((2, 5)), window=window)
+    np.testing.assert_array_equal(ops.convert_to_numpy(mask)[:, 0], oracle.allowed_keys(5, 5, window=window))
+
+
+def test_a_window_as_long_as_the_sequence_needs_no_mask():
+    assert causal_mask(ops.ones((2, 5)), window=5) is None
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("start, num_queries, num_slots", [(0, 5, 5), (0, 3, 7), (4, 1, 7), (2, 3, 7), (6, 1, 7)])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_cached(start, num_queries, num_slots, as_tensor):
+def test_cached(start, num_queries, num_slots, as_tensor, window):
     queries = ops.zeros((2, num_queries), "int32")
-    mask = cached_causal_mask(queries, num_slots, ops.convert_to_tensor(np.int32(start)) if as_tensor else start)
+    first = ops.convert_to_tensor(np.int32(start)) if as_tensor else start
+    mask = cached_causal_mask(queries, num_slots, first, window)
     mask = ops.convert_to_numpy(mask)
     assert mask.dtype == bool and mask.shape == (1, 1, num_queries, num_slots)
-    np.testing.assert_array_equal(mask[:, 0], oracle.allowed_keys(num_queries, num_slots, start=start))
+    expected = oracle.allowed_keys(num_queries, num_slots, start=start, window=window or 99)
+    np.testing.assert_array_equal(mask[:, 0], expected)
