@@ -26,6 +26,10 @@ class Strictness(NamedTuple):
     unused: bool = True
 
 
+STRICT = Strictness()
+"""Nothing passes."""
+
+
 class Checkpoint(ABC):
     """An opened checkpoint. Opening checks all that can be known without reading weights.
 

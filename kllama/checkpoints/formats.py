@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kllama.checkpoints import kaggle
 from kllama.checkpoints.catalogue import builtin_presets, kaggle_presets
-from kllama.checkpoints.checkpoint import Checkpoint, Strictness
+from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
 from kllama.checkpoints.huggingface_tokenizer import HuggingFaceTokenizer
 from kllama.checkpoints.keras_hub import KerasHubCheckpoint, is_keras_hub
@@ -21,7 +21,7 @@ _FORMATS = (
 )
 
 
-def open_checkpoint(handle: str | os.PathLike, strictness: Strictness = Strictness()) -> Checkpoint:
+def open_checkpoint(handle: str | os.PathLike, strictness: Strictness = STRICT) -> Checkpoint:
     """Open a checkpoint: check it, without reading its weights yet.
 
     Args:

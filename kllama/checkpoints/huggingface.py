@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kllama.checkpoints.checkpoint import Checkpoint, Strictness
+from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
 from kllama.checkpoints.config import backbone_config, generation_settings, token_ids
 from kllama.checkpoints.huggingface_tokenizer import SETTINGS, preprocessor_config, tokenizer_config
 from kllama.checkpoints.name_map import expected_tensors, num_parameters
@@ -75,7 +75,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     format = "Hugging Face"
 
-    def __init__(self, path: str | Path, strictness: Strictness = Strictness()):
+    def __init__(self, path: str | Path, strictness: Strictness = STRICT):
         self.path = Path(path)
         names = _list_directory(self.path)
         config_file = self.path / "config.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kllama.checkpoints.checkpoint import Checkpoint, Strictness
+from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
 from kllama.checkpoints.h5_weights import H5Weights, find_group
 from kllama.checkpoints.keras_hub_tokenizer import (
     generation_config,
@@ -103,7 +103,7 @@ class KerasHubCheckpoint(Checkpoint):
 
     format = "KerasHub preset"
 
-    def __init__(self, path: Path, strictness: Strictness = Strictness()):
+    def __init__(self, path: Path, strictness: Strictness = STRICT):
         self.path = path
         config_file = path / _CONFIG
         config = read_class(config_file, "Backbone")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kllama.checkpoints.checkpoint import Checkpoint, Strictness
+from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
 from kllama.checkpoints.config import GENERATION_KEYS, generation_settings, token_ids
 from kllama.checkpoints.h5_weights import H5Weights
 from kllama.checkpoints.preset_dtype import read_layer_dtypes, read_policy
@@ -119,7 +119,7 @@ class PresetCheckpoint(Checkpoint):
 
     format = "kllama preset"
 
-    def __init__(self, path: Path, strictness: Strictness = Strictness()):
+    def __init__(self, path: Path, strictness: Strictness = STRICT):
         self.path = path
         config_file = path / _CONFIG
         config = read_object(config_file, _BACKBONE)

@@ -29,7 +29,16 @@ _LAYER_KEYWORDS = ("name", "trainable")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 """How a layer's queries see: all keys before them, or those of a sliding window. The names are Hugging Face's."""
 
-CONFIG_NAMES = (*_COUNTS, *_POSITIVE, *_RATES, *_FLAGS, "initializer_range", "activation", "rope_scaling", "layer_types")
+CONFIG_NAMES = (
+    *_COUNTS,
+    *_POSITIVE,
+    *_RATES,
+    *_FLAGS,
+    "initializer_range",
+    "activation",
+    "rope_scaling",
+    "layer_types",
+)
 """The arguments that make up a backbone's config, besides `name`, `trainable` and `dtype`."""
 
 KERAS_HUB_ROPE_KEYWORDS = (

@@ -114,7 +114,9 @@ def train(model, training: np.ndarray, held_out: np.ndarray, num_epochs: int, mi
             rows = cut(training, random.randrange(SEQUENCE_LENGTH))
             history = model.fit(rows, batch_size=BATCH_SIZE, verbose=0, validation_data=cut(held_out)).history
             spent = (time.monotonic() - start) / 60
-            values = [history[name][0] for name in ("loss", "val_loss", "val_sparse_categorical_accuracy", "val_perplexity")]
+            values = [
+                history[name][0] for name in ("loss", "val_loss", "val_sparse_categorical_accuracy", "val_perplexity")
+            ]
             log.writerow([epoch, f"{spent:.1f}", *(f"{value:.4f}" for value in values)])
             file.flush()
             print(f"epoch {epoch}: {spent:.1f} minutes, loss {values[0]:.3f}, held out {values[1]:.3f}", flush=True)
