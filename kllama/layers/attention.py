@@ -18,7 +18,7 @@ class LlamaAttention(keras.layers.Layer):
         head_dim: H, even.
         use_bias: whether query, key and value projections have a bias.
         use_output_bias: whether the output projection has one; None means as the others.
-        qk_norm_epsilon: None, or the epsilon of a root mean square normalization of each head's queries and keys, before
+        qk_norm_epsilon: None, or the epsilon by which the queries and keys of each head are normalized (RMS) before
             they are rotated (Qwen3).
         dropout: rate of dropout on the attention probabilities (Hugging Face's `attention_dropout`).
         kernel_initializer: of the four projections.
