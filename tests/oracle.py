@@ -129,9 +129,11 @@ def hidden_states(weights, config, token_ids, padding_mask=None):
         config["head_dim"], config["rope_max_wavelength"], config["rope_scaling"], config["max_sequence_length"], length
     )
     num_positions = np.shape(token_ids)[1]
-    allowed = allowed_keys(num_positions, num_positions, padding_mask)
+    types = config["layer_types"] or ["sliding_attention"] * config["num_layers"]
     x = weights["token_embedding/embeddings"][token_ids]
-    for i in range(config["num_layers"]):
+    for i, kind in enumerate(types):
+        window = config["sliding_window"] if kind == "sliding_attention" else None
+        allowed = allowed_keys(num_positions, num_positions, padding_mask, window=window or math.inf)
         x = decoder_layer(weights, f"transformer_layer_{i}/", config, x, rope, allowed)
     return rms_norm(x, weights["sequence_output_layernorm/scale"], config["layer_norm_epsilon"])
 
@@ -140,7 +142,7 @@ def decoder_layer(weights, layer, config, x, rope, allowed):
     """Run the layer whose weights' paths begin with `layer`, on (B, T, D)."""
     epsilon = config["layer_norm_epsilon"]
     normalized = rms_norm(x, weights[layer + "self_attention_layernorm/scale"], epsilon)
-    x = x + _self_attention(weights, layer, normalized, rope, allowed)
+    x = x + _self_attention(weights, layer, normalized, rope, allowed, epsilon)
     return x + feed_forward(
         rms_norm(x, weights[layer + "feedforward_layernorm/scale"], epsilon),
         _projection(weights, layer + "feedforward_gate_dense", "btd,df->btf"),
@@ -150,13 +152,17 @@ def decoder_layer(weights, layer, config, x, rope, allowed):
     )
 
 
-def _self_attention(weights, layer, x, rope, allowed):
+def _self_attention(weights, layer, x, rope, allowed, epsilon):
     def project(name, equation, x):
         return _projection(weights, f"{layer}self_attention/{name}", equation)(x)
 
+    def normalize(name, x):
+        path = f"{layer}self_attention/{name}/scale"
+        return rms_norm(x, weights[path], epsilon) if path in weights else x
+
     positions = np.arange(x.shape[1])
-    query = rotate(project("query", "btd,dnh->btnh", x), positions, *rope)
-    key = rotate(project("key", "btd,dkh->btkh", x), positions, *rope)
+    query = rotate(normalize("query_norm", project("query", "btd,dnh->btnh", x)), positions, *rope)
+    key = rotate(normalize("key_norm", project("key", "btd,dkh->btkh", x)), positions, *rope)
     context = attend(query, key, project("value", "btd,dkh->btkh", x), allowed)
     return project("attention_output", "btnh,nhd->btd", context)
 

@@ -4,12 +4,17 @@ Each format's class derives from `Checkpoint`; `formats.py` chooses among them, 
 without knowing which it is.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from kllama.errors import CheckpointError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Strictness(NamedTuple):
@@ -24,6 +29,16 @@ class Strictness(NamedTuple):
     verify: bool = True
     check_finite: bool = True
     unused: bool = True
+
+    def refuse_unused(self, message: str) -> None:
+        """Refuse what is in a checkpoint besides what is used, or warn of it.
+
+        Raises:
+            CheckpointError: with the message.
+        """
+        if self.unused:
+            raise CheckpointError(f"{message} strict=False leaves it out.")
+        _LOGGER.warning("%s It is left out.", message)
 
 
 STRICT = Strictness()

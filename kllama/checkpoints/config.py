@@ -1,7 +1,8 @@
-"""The closed schema of a Hugging Face `config.json` of model_type "llama", and what counts in `generation_config.json`.
+"""The closed schema of a Hugging Face `config.json` of a Llama, and what counts in `generation_config.json`.
 
-Every key is mapped to an argument of `LlamaBackbone`, ignored for a reason that stands in `IGNORED`, or refused by
-name: one that nobody knows could change the maths. Reads no files and builds no model; `huggingface.py` calls it.
+Llama-shaped models of other names (Mistral, Qwen2, Qwen3) are flags on the same block: `_FAMILIES` says which. Every
+key is mapped to an argument of `LlamaBackbone`, ignored for a reason that stands in `IGNORED`, or refused by name: one
+that nobody knows could change the maths. Reads no files and builds no model; `huggingface.py` calls it.
 """
 
 import logging
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from kllama.checkpoints.reader import listed, shown
 from kllama.core.activations import ACTIVATIONS
+from kllama.core.masks import LAYER_TYPES
 from kllama.core.rope_scaling import ROPE_TYPES, check_rope_scaling
 from kllama.errors import CheckpointError, UnsupportedError
 
@@ -33,6 +35,10 @@ def _number(expected: str, accepts: Callable[[float], bool]) -> _Rule:
 
 _BOOLEAN = _Rule("true or false", lambda value: type(value) is bool)
 _STRING = _Rule("a string", lambda value: type(value) is str)
+_LAYER_TYPES = _Rule(
+    f"a list of {' and '.join(LAYER_TYPES)}",
+    lambda value: type(value) is list and all(item in LAYER_TYPES for item in value),
+)
 _NUMBER = _number("", lambda value: abs(value) < 1e30)
 _OBJECT = _Rule("an object or null", lambda value: type(value) is dict)
 _LAYERS = _integer(1, 2**16)
@@ -94,10 +100,14 @@ IGNORED = {key: reason for reason, keys in _IGNORED_FOR.items() for key in keys.
 
 # Read by other models, or by forks of Llama: the values at which Llama stays Llama.
 _NEUTRAL = {
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
+    "max_window_layers": (None,),
     "layer_types": (None,),
     "per_layer_config": (None,),
+    "use_mrope": (None, False),
     "rope_interleaved": (None, False),
     "attention_multiplier": (None,),
     "embedding_multiplier": (None, 1),
@@ -111,7 +121,50 @@ _NEUTRAL = {
     "quantization_config": (None,),
 }
 
-_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
+
+class _Family(NamedTuple):
+    """What sets a model type apart from Llama.
+
+    Attributes:
+        architectures: the classes of transformers that are read.
+        defaults: of keys that are absent, where transformers has others than for Llama.
+        keys: those that this type has beside the common ones.
+        arguments: of `LlamaBackbone`, where no key says them.
+    """
+
+    architectures: tuple[str, ...]
+    defaults: dict[str, object]
+    keys: tuple[str, ...]
+    arguments: dict[str, bool]
+
+
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_FAMILIES = {
+    "llama": _Family(
+        ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"), {}, ("attention_bias", "mlp_bias"), {"qk_norm": False}
+    ),
+    "mistral": _Family(
+        ("MistralForCausalLM", "MistralModel"),
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        ("sliding_window",),
+        {"qk_norm": False},
+    ),
+    "qwen2": _Family(
+        ("Qwen2ForCausalLM", "Qwen2Model"),
+        _QWEN_DEFAULTS,
+        _WINDOW_KEYS,
+        {"attention_bias": True, "attention_output_bias": False, "qk_norm": False},
+    ),
+    "qwen3": _Family(
+        ("Qwen3ForCausalLM", "Qwen3Model"),
+        {**_QWEN_DEFAULTS, "head_dim": 128},
+        ("attention_bias", *_WINDOW_KEYS),
+        {"qk_norm": True},
+    ),
+}
+_OWN_FIELDS = ("attention_bias", "mlp_bias")  # of `_FIELDS`: those that not every type has
+_DEFAULT_WINDOW, _DEFAULT_FIRST_LAYER = 4096, 28
 
 _ORIGINAL = "original_max_position_embeddings"
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", _ORIGINAL)
@@ -152,20 +205,26 @@ def backbone_config(config: dict, source: Path) -> dict:
         UnsupportedError: not Llama, quantised, a classification head, or a setting kllama does not implement.
         CheckpointError: keys that are unknown or missing, values of the wrong type or out of range.
     """
-    _check_kind(config, source)
-    _check_keys(config, source)
+    family = _check_kind(config, source)
+    fields = {key: _FIELDS[key] for key in _FIELDS if key in family.keys or key not in _OWN_FIELDS}
+    fields |= {key: fields[key]._replace(default=default) for key, default in family.defaults.items()}
+    _check_keys(config, {*fields, *family.keys}, source)
     given = {
-        key: config[key] for key in _FIELDS if key in config and (config[key], _FIELDS[key].default) != (None, None)
+        key: config[key] for key in fields if key in config and (config[key], _FIELDS[key].default) != (None, None)
     }
-    _check_values(given, {key: field.rule for key, field in _FIELDS.items()}, source)
-    arguments = {field.argument: given.get(key, field.default) for key, field in _FIELDS.items()}
+    _check_values(given, {key: field.rule for key, field in fields.items()}, source)
+    arguments = {"attention_bias": False, "mlp_bias": False}
+    arguments |= {
+        field.argument: given.get(key, None if key in config else field.default) for key, field in fields.items()
+    }
+    arguments |= {"attention_output_bias": arguments["attention_bias"], **family.arguments}
     if arguments["activation"] not in ACTIVATIONS:
         activation, allowed = shown(arguments["activation"]), ", ".join(ACTIVATIONS)
         raise UnsupportedError(f"{source}: hidden_act = {activation}; expected one of {allowed}.")
     _fill_heads(arguments, source)
     theta, scaling = _rope(config, arguments["head_dim"], arguments["max_sequence_length"], source)
-    biases = {"attention_output_bias": arguments["attention_bias"], "qk_norm": False}
-    return {**arguments, **biases, "rope_max_wavelength": theta, "rope_scaling": scaling}
+    windows = _windows(config, family, arguments["num_layers"], source)
+    return {**arguments, **windows, "rope_max_wavelength": theta, "rope_scaling": scaling}
 
 
 def token_ids(config: dict, key: str, source: Path) -> list[int]:
@@ -190,12 +249,14 @@ def generation_settings(config: dict, source: Path) -> dict:
     return given
 
 
-def _check_kind(config: dict, source: Path) -> None:
-    """Refuse, before any detail, what is not a float Llama for causal language modelling."""
-    if config.get("model_type") != "llama":
+def _check_kind(config: dict, source: Path) -> _Family:
+    """Refuse, before any detail, what is not a float Llama for causal language modelling; give the family."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise UnsupportedError(
-            f'{source}: not Llama: model_type = {shown(config.get("model_type"))}; expected "llama".'
+            f"{source}: not Llama: model_type = {shown(model_type)}; expected one of {', '.join(_FAMILIES)}."
         )
+    family = _FAMILIES[model_type]
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -204,20 +265,23 @@ def _check_kind(config: dict, source: Path) -> None:
             "Use the original checkpoint."
         )
     architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(name in _ARCHITECTURES for name in architectures):
-        raise UnsupportedError(
-            f"{source}: architectures = {shown(architectures)}; expected {' or '.join(_ARCHITECTURES)}."
-        )
+    if not isinstance(architectures, list) or not all(name in family.architectures for name in architectures):
+        expected = " or ".join(family.architectures)
+        raise UnsupportedError(f"{source}: architectures = {shown(architectures)}; expected {expected}.")
+    return family
 
 
-def _check_keys(config: dict, source: Path) -> None:
-    refused = [key for key, neutral in _NEUTRAL.items() if key in config and config[key] not in neutral]
+def _check_keys(config: dict, own: set[str], source: Path) -> None:
+    neutral = {key: values for key, values in _NEUTRAL.items() if key not in own}
+    refused = [key for key, values in neutral.items() if key in config and config[key] not in values]
     if refused:
         received = listed(
-            f"{key} = {shown(config[key])}; expected {' or '.join(map(shown, _NEUTRAL[key]))}" for key in refused
+            f"{key} = {shown(config[key])}; expected {' or '.join(map(shown, neutral[key]))}" for key in refused
         )
-        raise UnsupportedError(f"{source}: {received}. kllama does not implement this for Llama.")
-    known = {*_FIELDS, *_ROPE_KEYS, *_NEUTRAL, *IGNORED}
+        raise UnsupportedError(
+            f"{source}: {received}. kllama does not implement this for model_type {shown(config['model_type'])}."
+        )
+    known = {*own, *_ROPE_KEYS, *neutral, *IGNORED}
     unknown = sorted(set(config) - known)
     if unknown:
         raise CheckpointError(
@@ -254,6 +318,29 @@ def _fill_heads(arguments: dict, source: Path) -> None:
 def _check_multiple(name: str, value: int, divisor_name: str, divisor: int, source: Path) -> None:
     if value % divisor:
         raise CheckpointError(f"{source}: {name} = {value}; expected a multiple of {divisor_name} ({divisor}).")
+
+
+def _windows(config: dict, family: _Family, num_layers: int, source: Path) -> dict:
+    """Return the sliding window and which layers have it: Mistral's all, Qwen's some of them if it is switched on."""
+    absent = {"sliding_window": None, "layer_types": None}
+    if "sliding_window" not in family.keys:
+        return absent
+    given = _without_null({key: config.get(key) for key in _WINDOW_KEYS})
+    rules = {"sliding_window": _POSITIONS, "use_sliding_window": _BOOLEAN, "max_window_layers": _integer(0, 2**16)}
+    _check_values(given, {**rules, "layer_types": _LAYER_TYPES}, source)
+    window = config.get("sliding_window", _DEFAULT_WINDOW)
+    if "use_sliding_window" not in family.keys:
+        return {**absent, "sliding_window": window}
+    if not given.get("use_sliding_window", False):
+        window = None
+    first = given.get("max_window_layers", _DEFAULT_FIRST_LAYER)
+    types = given.get("layer_types", [LAYER_TYPES[window is not None and i >= first] for i in range(num_layers)])
+    if len(types) != num_layers or (window is None and LAYER_TYPES[1] in types):
+        raise CheckpointError(
+            f"{source}: layer_types = {shown(types)}, sliding_window = {shown(window)}; expected one type for each of "
+            f"the {num_layers} layers, and a window that is used where a type is {shown(LAYER_TYPES[1])}."
+        )
+    return {"sliding_window": window, "layer_types": types} if LAYER_TYPES[1] in types else absent
 
 
 def _rope(config: dict, head_dim: int, max_positions: int, source: Path) -> tuple[float, dict | None]:

@@ -4,7 +4,9 @@ Lists what the files hold without reading it, then gives one array at a time. Kn
 of a model; which place belongs to which variable is for the format that uses this.
 """
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,7 @@ class H5Weights:
     Args:
         path: the directory, or the file.
         group: the group of the file that is looked at, all of it by default.
+        among: the names of the files of the directory that count, all by default.
 
     Attributes:
         tensors: a `StoredTensor` for each dataset, by its name in the file, such as `layers/token_embedding/vars/0`.
@@ -46,14 +49,22 @@ class H5Weights:
             int8 in plain blocks.
     """
 
-    def __init__(self, path: Path, group: str = "/"):
-        self.tensors = _find_tensors(_weight_files(path), group)
+    def __init__(self, path: Path, group: str = "/", among: Container[str] | None = None):
+        self.tensors = _find_tensors(_weight_files(path, among), group)
 
-    def read(self, names: list[str]) -> Iterator[np.ndarray]:
+    @property
+    def stored_bytes(self) -> Counter:
+        """How many bytes the files hold of each dtype."""
+        counts = Counter()
+        for stored in self.tensors.values():
+            counts[stored.dtype] += math.prod(stored.shape) * np.dtype(stored.dtype).itemsize
+        return counts
+
+    def read(self, names: list[str], must_be_finite: bool = True) -> Iterator[np.ndarray]:
         """Yield the arrays of some datasets in the dtype that they are stored in, one at a time.
 
         Raises:
-            CheckpointError: values that are not finite, or a file that changed since it was listed.
+            CheckpointError: values that are not finite and must be, or a file that changed since it was listed.
         """
         with ExitStack() as stack:
             files = {self.tensors[name].file for name in names}
@@ -61,7 +72,7 @@ class H5Weights:
             for name in names:
                 stored = self.tensors[name]
                 array = _read_array(opened[stored.file], name, stored)
-                if stored.dtype in FLOATS:
+                if must_be_finite and stored.dtype in FLOATS:
                     check_finite(array, f"{stored.file}: {name}")
                 yield array
 
@@ -82,15 +93,16 @@ def find_group(path: Path, groups: tuple[str, ...]) -> str | None:
         return next((group for group in groups if group in file), None)
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path, among: Container[str] | None) -> list[Path]:
     if path.is_file():
         return [path]
     single, index = path / _SINGLE, path / _INDEX
-    if single.exists() and index.exists():
+    has_single, has_index = (file.exists() and (among is None or file.name in among) for file in (single, index))
+    if has_single and has_index:
         raise CheckpointError(f"{path}: two weight sets, {_SINGLE} and {_INDEX}; expected one. Remove the stale one.")
-    if index.exists():
+    if has_index:
         names = _shard_names(index)
-    elif single.exists():
+    elif has_single:
         names = [_SINGLE]
     else:
         raise MissingFileError(f"{path}: no weights; expected {_SINGLE} or {_INDEX}.", filename=str(single))

@@ -1,12 +1,14 @@
-"""A Hugging Face directory: `config.json` and safetensors, one file or shards, with the tokenizer files beside them.
+"""A Hugging Face directory: `config.json` and weights, one file or shards, with the tokenizer files beside them.
 
 Opening checks all that can be known without reading weights: the schema of the configuration, the exact set of tensors,
-their shapes and dtypes, and that the tokenizer fits. It builds no model and needs no transformers; `models/` opens a
-checkpoint through it and assigns what `tensors()` yields. Pickles (`pytorch_model.bin`) are never read.
+their shapes and dtypes, and that the tokenizer fits. Weights are safetensors, or where there are none the archives of
+`torch.save`, of which nothing is run. It builds no model and needs neither transformers nor PyTorch; `models/` opens a
+checkpoint through it and assigns what `tensors()` yields.
 """
 
 import fnmatch
 import os
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,14 +26,21 @@ from kllama.checkpoints.reader import (
     SafetensorsFile,
     StoredTensor,
     check_file_name,
+    check_finite,
     listed,
     read_json,
     shown,
 )
+from kllama.checkpoints.torch_archive import TorchArchive
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 
+# The files of a set of weights, the index of its shards, and what opens one; the first set that is there counts.
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_WEIGHTS = (
+    (SINGLE, INDEX, SafetensorsFile),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", TorchArchive),
+)
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -81,12 +90,14 @@ class HuggingFaceCheckpoint(Checkpoint):
         config_file = self.path / "config.json"
         config = read_json(config_file)
         self.backbone_config = backbone_config(config, config_file)
+        self._strictness = strictness
         self._stored = _find_tensors(self.path, names)
         self.has_head = self.backbone_config["tie_word_embeddings"] or HEAD in self._stored
         if not self.has_head:
             self.backbone_config["tie_word_embeddings"] = True
-        _check_tensors(self.backbone_config, self._stored, self.path)
+        _check_tensors(self.backbone_config, self._stored, self.path, strictness)
         self.dtype = _read_dtype(config, self._stored[EMBEDDINGS].entry.dtype)
+        self.stored_bytes = _count_bytes(self._stored)
 
         vocabulary_size = self.backbone_config["vocabulary_size"]
         settings = _read_if(names, self.path / SETTINGS)
@@ -101,24 +112,31 @@ class HuggingFaceCheckpoint(Checkpoint):
             CheckpointError: values that are not finite, a tied head that differs from the embedding, or a file that
                 changed since it was opened.
         """
-        if self.backbone_config["tie_word_embeddings"] and HEAD in self._stored:
+        if self.backbone_config["tie_word_embeddings"] and HEAD in self._stored and self._strictness.unused:
             _check_equal(self._stored[EMBEDDINGS], self._stored[HEAD])
         for tensor in expected_tensors(self.backbone_config):
-            yield tensor.path, tensor.to_kllama(self._stored[tensor.name].read())
+            stored = self._stored[tensor.name]
+            array = stored.read(self._strictness.check_finite)
+            if len(array) > tensor.stored_shape[0]:
+                array = array[: tensor.stored_shape[0]]  # the padding of a vocabulary, which was let pass
+            yield tensor.path, tensor.to_kllama(array)
 
 
 class _Stored(NamedTuple):
     """A tensor and the file that holds it, under the name it has there."""
 
-    file: SafetensorsFile
+    file: SafetensorsFile | TorchArchive
     name: str
 
     @property
     def entry(self) -> StoredTensor:
         return self.file.tensors[self.name]
 
-    def read(self) -> np.ndarray:
-        return self.file.read(self.name)
+    def read(self, must_be_finite: bool = True) -> np.ndarray:
+        array = self.file.read(self.name)
+        if must_be_finite:
+            check_finite(array, f"{self.file.path}: {self.name}")
+        return array
 
 
 def _list_directory(path: Path) -> list[str]:
@@ -138,13 +156,18 @@ def _list_directory(path: Path) -> list[str]:
 
 def _find_tensors(directory: Path, names: list[str]) -> dict[str, _Stored]:
     """Open the weights and return what they hold, by full Hugging Face name."""
-    if SINGLE in names and INDEX in names:
-        raise CheckpointError(f"{directory}: two weight sets, {SINGLE} and {INDEX}; expected one. Remove the other.")
-    if INDEX in names:
-        stored = _open_shards(directory / INDEX)
-    elif SINGLE in names:
-        file = SafetensorsFile(directory / SINGLE)
-        stored = {name: _Stored(file, name) for name in file.tensors}
+    for single, index, open_file in _WEIGHTS:
+        if single in names and index in names:
+            raise CheckpointError(
+                f"{directory}: two weight sets, {single} and {index}; expected one. Remove the other."
+            )
+        if index in names:
+            stored = _open_shards(directory / index, open_file)
+            break
+        if single in names:
+            file = open_file(directory / single)
+            stored = {name: _Stored(file, name) for name in file.tensors}
+            break
     else:
         raise _no_weights(directory, names)
     stored = {name: place for name, place in stored.items() if not name.endswith(IGNORED_SUFFIX)}
@@ -155,20 +178,16 @@ def _find_tensors(directory: Path, names: list[str]) -> dict[str, _Stored]:
 
 
 def _no_weights(directory: Path, names: list[str]) -> CheckpointError:
-    if fnmatch.filter(names, "pytorch_model*.bin"):
-        return UnsupportedError(
-            f"{directory}: only pytorch_model.bin; expected {SINGLE} or {INDEX}. A pickle can run code, so it is not "
-            "read: convert it with transformers, `AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`."
-        )
     if fnmatch.filter(names, "consolidated.*"):
         return UnsupportedError(
             f"{directory}: only consolidated.*, Meta's own layout; expected {SINGLE} or {INDEX}. "
             "Download the files that Hugging Face's transformers reads."
         )
-    return MissingFileError(f"{directory}: no weights; expected {SINGLE} or {INDEX}.", str(directory / SINGLE))
+    expected = ", ".join(name for single, index, _ in _WEIGHTS for name in (single, index))
+    return MissingFileError(f"{directory}: no weights; expected one of {expected}.", str(directory / SINGLE))
 
 
-def _open_shards(index: Path) -> dict[str, _Stored]:
+def _open_shards(index: Path, open_file: type) -> dict[str, _Stored]:
     """Open the files of an index. What it says and what they hold must agree, name by name."""
     content = read_json(index)
     unknown = sorted(set(content) - {"metadata", "weight_map"})
@@ -184,7 +203,7 @@ def _open_shards(index: Path) -> dict[str, _Stored]:
 
     stored: dict[str, _Stored] = {}
     for shard in shards:
-        file = SafetensorsFile(index.parent / shard)
+        file = open_file(index.parent / shard)
         for name in file.tensors:
             if name in stored:
                 raise CheckpointError(
@@ -203,7 +222,15 @@ def _check_index(index: Path, weight_map: dict[str, str], stored: dict[str, _Sto
         raise CheckpointError(f"{index}: weight_map disagrees with the shards: {received}.")
 
 
-def _check_tensors(config: dict, stored: dict[str, _Stored], directory: Path) -> None:
+def _count_bytes(stored: dict[str, _Stored]) -> Counter:
+    """Count the bytes of each type; a tensor that is not stored as one of `FLOAT_DTYPES` was refused before."""
+    counts = Counter()
+    for place in stored.values():
+        counts[FLOAT_DTYPES[place.entry.dtype].name] += place.entry.num_bytes
+    return counts
+
+
+def _check_tensors(config: dict, stored: dict[str, _Stored], directory: Path, strictness: Strictness) -> None:
     """Compare what the configuration needs with what the files hold: dtypes, the exact set of names, shapes."""
     _check_dtypes(stored, directory)
     _check_bytes(config, stored, directory)
@@ -218,8 +245,8 @@ def _check_tensors(config: dict, stored: dict[str, _Stored], directory: Path) ->
     unexpected = sorted(set(stored) - set(expected))
     if unexpected:
         names = listed(shown(stored[name].name) for name in unexpected)
-        raise CheckpointError(f"{directory}: tensors that the configuration does not use: {names}.")
-    _check_shapes(expected, stored, directory)
+        strictness.refuse_unused(f"{directory}: tensors that the configuration does not use: {names}.")
+    _check_shapes(expected, stored, directory, strictness)
 
 
 def _check_dtypes(stored: dict[str, _Stored], directory: Path) -> None:
@@ -247,18 +274,27 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1000**unit:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
-def _check_shapes(expected: dict[str, tuple[int, ...]], stored: dict[str, _Stored], directory: Path) -> None:
+def _check_shapes(
+    expected: dict[str, tuple[int, ...]], stored: dict[str, _Stored], directory: Path, strictness: Strictness
+) -> None:
     wrong = [name for name in expected if name in stored and stored[name].entry.shape != expected[name]]
+    padded = [name for name in wrong if _is_padded(stored[name].entry.shape, expected[name], name)]
+    if padded:
+        name, vocabulary_size = padded[0], expected[EMBEDDINGS][0]
+        strictness.refuse_unused(
+            f"{directory}: {name} has {stored[name].entry.shape[0]} rows, vocab_size = {vocabulary_size}; expected the "
+            "same number. What is beyond belongs to no token."
+        )
+    wrong = [name for name in wrong if name not in padded]
     if not wrong:
         return
-    rows, (vocabulary_size, hidden_dim) = stored[EMBEDDINGS].entry.shape, expected[EMBEDDINGS]
-    if len(rows) == 2 and rows[1] == hidden_dim and rows[0] > vocabulary_size:
-        raise UnsupportedError(
-            f"{directory}: {EMBEDDINGS} has {rows[0]} rows, vocab_size = {vocabulary_size}; expected the same number. "
-            "Padded vocabularies are not read: cut the rows off, or set vocab_size to their number."
-        )
     received = listed((f"{name} = {stored[name].entry.shape}; expected {expected[name]}" for name in wrong), ". ")
     raise CheckpointError(f"{directory}: {received}.")
+
+
+def _is_padded(shape: tuple[int, ...], expected: tuple[int, ...], name: str) -> bool:
+    """Tell whether a table of tokens has more rows than the vocabulary, and is else as expected."""
+    return name in (EMBEDDINGS, HEAD) and shape[1:] == expected[1:] and len(shape) == 2 and shape[0] > expected[0]
 
 
 def _check_equal(embeddings: _Stored, head: _Stored) -> None:

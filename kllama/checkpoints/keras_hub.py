@@ -117,7 +117,9 @@ class KerasHubCheckpoint(Checkpoint):
         self.generation_config = generation_config(path)
         if (path / _TASK).is_file():
             read_class(path / _TASK, "CausalLM")  # whose fields are those of the other files
+        self._strictness = strictness
         self._weights = H5Weights(path)
+        self.stored_bytes = self._weights.stored_bytes
         self._settle_head()
         self.dtype = self._dtypes.or_default(self._weights.tensors[_NORM].dtype, path)
 
@@ -128,7 +130,7 @@ class KerasHubCheckpoint(Checkpoint):
             CheckpointError: values that are not finite, scales that cannot be divided by, or a file that changed since
                 it was opened.
         """
-        yield from read_tensors(self._weights, self._expected_tensors())
+        yield from read_tensors(self._weights, self._expected_tensors(), self._strictness)
 
     def _expected_tensors(self) -> Iterator[PresetTensor]:
         return _expected_tensors(self.backbone_config, self._dtypes.quantizes)
@@ -140,7 +142,7 @@ class KerasHubCheckpoint(Checkpoint):
         pairs = ((0, 2), (1, 3)) if is_int8 else ((0, 1),)  # places of table and head, then those of their scales
         if config["tie_word_embeddings"] is None:
             config["tie_word_embeddings"] = f"{_EMBEDDING}/{pairs[0][1]}" not in self._weights.tensors
-        check_tensors(self._expected_tensors, self._weights.tensors, self.path)
+        check_tensors(self._expected_tensors, self._weights.tensors, self.path, self._strictness)
         if not config["tie_word_embeddings"] and all(self._is_copy(*pair) for pair in pairs):
             config["tie_word_embeddings"] = True
             _LOGGER.info("%s: the head is a copy of the embedding table; the two are tied again.", self.path)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from kllama.checkpoints.checkpoint import STRICT, Strictness
 from kllama.checkpoints.h5_weights import FLOATS, H5Weights, StoredTensor
 from kllama.checkpoints.name_map import expected_tensors
 from kllama.checkpoints.reader import LISTED, listed
@@ -78,14 +79,17 @@ def _scale_shape(layer: str, variable: str, shape: tuple[int, ...]) -> tuple[int
     return (1, 1, *shape[num_inputs:])
 
 
-def read_tensors(weights: H5Weights, tensors: Iterable[PresetTensor]) -> Iterator[tuple[str, np.ndarray]]:
+def read_tensors(
+    weights: H5Weights, tensors: Iterable[PresetTensor], strictness: Strictness = STRICT
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (variable path, array) for each tensor, one at a time, in the dtype that it is stored in.
 
     Raises:
-        CheckpointError: values that are not finite, scales that int8 cannot be divided by, or a file that changed.
+        CheckpointError: values that are not finite and must be, scales that int8 cannot be divided by, or a file that
+            changed.
     """
     tensors = list(tensors)
-    arrays = weights.read([tensor.place for tensor in tensors])
+    arrays = weights.read([tensor.place for tensor in tensors], strictness.check_finite)
     for tensor, array in zip(tensors, arrays, strict=True):
         if tensor.path.endswith("_scale"):
             _check_scale(array, f"{weights.tensors[tensor.place].file}: {tensor.place}")
@@ -103,13 +107,19 @@ def _check_scale(array: np.ndarray, field: str) -> None:
         )
 
 
-def check_tensors(expected: Callable[[], Iterable[PresetTensor]], stored: dict[str, StoredTensor], path: Path) -> None:
+def check_tensors(
+    expected: Callable[[], Iterable[PresetTensor]],
+    stored: dict[str, StoredTensor],
+    path: Path,
+    strictness: Strictness = STRICT,
+) -> None:
     """Compare what the configuration asks for with what the files hold: the exact set of names, shapes and dtypes.
 
     Args:
         expected: makes an iterator over the tensors that must be there.
         stored: what is there, by place.
         path: the preset, for messages.
+        strictness: whether tensors that are there besides are refused.
 
     Raises:
         CheckpointError: naming up to ten tensors.
@@ -122,7 +132,9 @@ def check_tensors(expected: Callable[[], Iterable[PresetTensor]], stored: dict[s
     tensors = {tensor.place: tensor for tensor in expected()}
     unused = sorted(set(stored) - set(tensors))
     if unused:
-        raise CheckpointError(f"{path}: unused: {listed(unused)}; expected only the tensors that config.json asks for.")
+        strictness.refuse_unused(
+            f"{path}: unused: {listed(unused)}; expected only the tensors that config.json asks for."
+        )
     wrong = [name for name, tensor in tensors.items() if stored[name].shape != tensor.stored_shape]
     if wrong:
         received = (f"{name} has shape {stored[name].shape}; expected {tensors[name].stored_shape}" for name in wrong)

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kllama.checkpoints.positioned_reads import read_array
 from kllama.errors import CheckpointError, MissingFileError, ResourceError, UnsupportedError
 
 JSON_LIMIT = 16 * 2**20
@@ -200,25 +201,18 @@ class SafetensorsFile:
         self.tensors = {name: self._stored_tensor(name, entry, 8 + header_size) for name, entry in header.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Return one tensor in its stored float dtype and shape.
+        """Return one tensor in its stored float dtype and shape; its values may be anything.
 
         Raises:
             UnsupportedError: the tensor is not stored as F32, F16 or BF16.
-            CheckpointError: the file has become shorter, or a value is not finite.
+            CheckpointError: the file has become shorter.
             ResourceError: no memory, or the disk failed.
         """
         stored = self.tensors[name]
         if stored.dtype not in FLOAT_DTYPES:
             raise UnsupportedError(f"{self.path}: {name} = {stored.dtype}; expected {', '.join(FLOAT_DTYPES)}.")
-        try:
-            data = np.fromfile(self.path, np.uint8, count=stored.num_bytes, offset=stored.start)
-        except (OSError, MemoryError) as error:
-            raise ResourceError(f"{self.path}: reading {name} ({stored.num_bytes} bytes) failed: {error}") from error
-        if data.size != stored.num_bytes:
-            raise CheckpointError(f"{self.path}: {name} = {data.size} bytes; expected {stored.num_bytes}.")
-        array = data.view(FLOAT_DTYPES[stored.dtype]).reshape(stored.shape)
-        check_finite(array, f"{self.path}: {name}")
-        return array
+        data = read_array(self.path, name, stored.start, np.uint8, stored.num_bytes)
+        return data.view(FLOAT_DTYPES[stored.dtype]).reshape(stored.shape)
 
     def _stored_tensor(self, name: str, entry: object, data_start: int) -> StoredTensor:
         if not isinstance(entry, dict):  # the library also takes the three fields as a list

@@ -15,6 +15,9 @@ import numpy as np
 
 from kllama import backend
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""What the queries of a layer see: all keys before them, or those of a sliding window. Hugging Face's names."""
+
 
 def causal_mask(queries, padding_mask=None, window: int | None = None):
     """Build the mask of a whole sequence, or None where the causal flag alone says it.

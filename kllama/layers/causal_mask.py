@@ -34,7 +34,8 @@ class CausalMask(keras.layers.Layer):
         return cached_causal_mask(token_ids, num_slots, start, self.window)
 
     def compute_output_spec(self, token_ids, padding_mask=None):
-        batch_size, length = token_ids.shape
+        length = token_ids.shape[1]
+        batch_size = 1 if padding_mask is None else token_ids.shape[0]
         return keras.KerasTensor((batch_size, 1, length, length), dtype="bool")
 
     def get_config(self):

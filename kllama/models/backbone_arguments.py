@@ -7,6 +7,7 @@ from numbers import Integral
 
 from kllama.arguments import check_flag, check_integer, check_number
 from kllama.core.activations import get_activation
+from kllama.core.masks import LAYER_TYPES
 from kllama.core.rope_scaling import check_rope_scaling
 
 _COUNTS = (
@@ -25,9 +26,6 @@ _RATES = ("dropout", "attention_dropout")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "attention_output_bias", "qk_norm", "mlp_bias")
 _OPTIONAL = ("head_dim", "max_sequence_length", "sliding_window")
 _LAYER_KEYWORDS = ("name", "trainable")
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
-"""How a layer's queries see: all keys before them, or those of a sliding window. The names are Hugging Face's."""
 
 CONFIG_NAMES = (
     *_COUNTS,

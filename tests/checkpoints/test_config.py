@@ -41,13 +41,18 @@ def refuses(error: type, *parts: str):
 
 def reference(config: dict) -> dict:
     """Say in kllama's words what transformers reads from a config."""
-    from transformers import LlamaConfig
+    from transformers import CONFIG_MAPPING
 
-    parsed = LlamaConfig.from_dict(json.loads(json.dumps(config)))
+    model_type = config["model_type"]
+    parsed = CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(config)))
     parsed.standardize_rope_params()  # as each of its rope functions does, once all keys are set
     rope = dict(parsed.rope_parameters)
     theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
     rope.pop("type", None)
+    is_qwen = model_type.startswith("qwen")
+    has_window = parsed.sliding_window is not None if model_type != "llama" else False
+    has_window &= not is_qwen or "sliding_attention" in parsed.layer_types
+    attention_bias = model_type == "qwen2" or (model_type in ("llama", "qwen3") and parsed.attention_bias)
     return {
         "vocabulary_size": parsed.vocab_size,
         "num_layers": parsed.num_hidden_layers,
@@ -55,12 +60,16 @@ def reference(config: dict) -> dict:
         "hidden_dim": parsed.hidden_size,
         "intermediate_dim": parsed.intermediate_size,
         "num_key_value_heads": parsed.num_key_value_heads,
-        "head_dim": parsed.head_dim,
+        "head_dim": parsed.hidden_size // parsed.num_attention_heads if model_type == "qwen2" else parsed.head_dim,
         "layer_norm_epsilon": parsed.rms_norm_eps,
         "tie_word_embeddings": parsed.tie_word_embeddings,
         "max_sequence_length": parsed.max_position_embeddings,
-        "attention_bias": parsed.attention_bias,
-        "mlp_bias": parsed.mlp_bias,
+        "attention_bias": attention_bias,
+        "attention_output_bias": attention_bias and model_type != "qwen2",
+        "qk_norm": model_type == "qwen3",
+        "mlp_bias": model_type == "llama" and parsed.mlp_bias,
+        "sliding_window": parsed.sliding_window if has_window else None,
+        "layer_types": parsed.layer_types if has_window and is_qwen else None,
         "activation": parsed.hidden_act,
         "attention_dropout": parsed.attention_dropout,
         "initializer_range": parsed.initializer_range,
@@ -106,6 +115,21 @@ def reference(config: dict) -> dict:
         {"rope_scaling": LONGROPE | {"factor": 4.0, "attention_factor": 1.5}},
         {"rope_scaling": LONGROPE, "original_max_position_embeddings": 128},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}, "partial_rotary_factor": 1.0},
+        {"model_type": "mistral", "num_attention_heads": 8},
+        {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 2, "head_dim": 10},
+        {"model_type": "mistral", "sliding_window": 100, "num_key_value_heads": 4},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 100, "max_window_layers": 0},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 1},
+        {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 7},
+        {"model_type": "qwen2", "num_key_value_heads": None, "use_sliding_window": True, "sliding_window": None},
+        {"model_type": "qwen3", "num_key_value_heads": 2},
+        {"model_type": "qwen3", "num_key_value_heads": 2, "attention_bias": True, "head_dim": 6},
+        {
+            "model_type": "qwen3",
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ],
     ids=str,
 )
@@ -126,17 +150,20 @@ def test_su_is_longrope():
     assert parse(rope_scaling=scaling, original_max_position_embeddings=128) == expected
 
 
-def test_what_transformers_writes_is_known():
-    from transformers import LlamaConfig
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_what_transformers_writes_is_known(name):
+    import transformers
 
-    written = json.loads(LlamaConfig(architectures=["LlamaForCausalLM"]).to_json_string(use_diff=False))
-    assert backbone_config(written, SOURCE)["num_layers"] == 32
+    config = getattr(transformers, f"{name}Config")(architectures=[f"{name}ForCausalLM"])
+    written = json.loads(config.to_json_string(use_diff=False))
+    assert backbone_config(written, SOURCE) == reference(written)
 
 
 def test_goldens_mean_the_same_in_both_versions(assets):
     """Every tiny Llama has its config as transformers 4 and 5 write it."""
-    folders = [path.parent for path in sorted((assets / "goldens/hf_tiny").glob("llama_*/config_v4.json"))]
-    assert len(folders) >= 10
+    folders = [path.parent for path in sorted((assets / "goldens/hf_tiny").glob("*/config_v4.json"))]
+    folders = [folder for folder in folders if folder.name not in ("gpt2", "llama_sequence_classification")]
+    assert len(folders) >= 12
     for folder in folders:
         v4, v5 = (json.loads((folder / name).read_text()) for name in ("config_v4.json", "config.json"))
         assert backbone_config(v4, SOURCE) == backbone_config(v5, SOURCE) == reference(v5), folder.name
@@ -185,8 +212,13 @@ def test_every_ignored_key_has_a_reason():
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "mistral"}, ["not Llama", '"mistral"']),
-        ({"model_type": "qwen2"}, ["not Llama", '"qwen2"']),
+        ({"model_type": "gemma"}, ["not Llama", '"gemma"', "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": ["qwen2"]}, ["not Llama", '["qwen2"]']),
+        ({"model_type": "mistral", "attention_bias": True}, ["attention_bias = true", '"mistral"']),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, ["layer_types", '"mistral"']),
+        ({"model_type": "qwen2", "architectures": ["LlamaForCausalLM"]}, ["architectures", "Qwen2ForCausalLM"]),
+        ({"model_type": "qwen2", "use_mrope": True}, ["use_mrope = true"]),
+        ({"max_window_layers": 2}, ["max_window_layers = 2", '"llama"']),
         ({"model_type": "mllama"}, ["not Llama", '"mllama"']),
         ({"model_type": None}, ["not Llama", "null"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quant_method", '"gptq"', "not quantised"]),

@@ -37,7 +37,18 @@ def test_recorded_tokens_of_transformers(assets, stories260k):
             assert row[keep].tolist() == sequence[width - len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "llama_mha", "llama_head_dim", "llama_rope_llama3", "llama_rope_yarn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama_gqa",
+        "llama_mha",
+        "llama_head_dim",
+        "llama_rope_llama3",
+        "llama_rope_yarn",
+        "mistral_sliding_window",
+        "qwen2",
+    ],
+)
 def test_recorded_tokens_of_tiny_models(assets, name):
     folder = assets / "goldens" / "hf_tiny" / name
     model = kllama.LlamaCausalLM.from_preset(folder)
@@ -57,6 +68,7 @@ def test_recorded_tokens_of_tiny_models(assets, name):
         {"num_key_value_heads": 1},
         {"num_key_value_heads": 4, "head_dim": 6, "attention_bias": True, "mlp_bias": True},
         {"tie_word_embeddings": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "qk_norm": True},
     ],
 )
 def test_cached_decoding_equals_whole_forward_passes(random_model, token_ids, arguments):

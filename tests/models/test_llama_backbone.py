@@ -52,6 +52,10 @@ ODD = SMALL | {
     "rope_scaling": YARN,
     "max_sequence_length": 99,
     "attention_bias": True,
+    "attention_output_bias": False,
+    "qk_norm": True,
+    "sliding_window": 4,
+    "layer_types": ["full_attention", "sliding_attention"],
     "mlp_bias": True,
     "activation": "gelu_new",
     "attention_dropout": 0.2,
@@ -209,10 +213,10 @@ class TestConfig:
 
 
 COUNTS = "vocabulary_size num_layers num_query_heads hidden_dim intermediate_dim num_key_value_heads".split()
-OPTIONAL_COUNTS = ["head_dim", "max_sequence_length"]
+OPTIONAL_COUNTS = ["head_dim", "max_sequence_length", "sliding_window"]
 POSITIVE = ["rope_max_wavelength", "layer_norm_epsilon"]
 RATES = ["dropout", "attention_dropout"]
-FLAGS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
+FLAGS = ["tie_word_embeddings", "attention_bias", "mlp_bias", "qk_norm"]
 NO_NUMBERS = ["0.1", True, None, [0.1]]
 # (arguments, values, error, what the message allows)
 WRONG = [
@@ -224,7 +228,11 @@ WRONG = [
     (["initializer_range"], [-1.0, math.nan, math.inf], ValueError, "at least 0"),
     (RATES, [-0.1, 1, 1.5, math.nan], ValueError, "at least 0 and less than 1"),
     (["rope_scaling_factor"], [0.5, 0, -2, math.nan, math.inf], ValueError, "at least 1"),
-    (FLAGS, [1, 0, "True", None], TypeError, "True or False"),
+    (FLAGS + ["attention_output_bias"], [1, 0, "True"], TypeError, "True or False"),
+    (FLAGS, [None], TypeError, "True or False"),
+    (["layer_types"], ["full_attention", 2], TypeError, "a list of str, or None"),
+    (["layer_types"], [["full_attention"], ["full_attention", "global"]], ValueError, "for each of the 2 layers"),
+    (["layer_types"], [["full_attention", "sliding_attention"]], ValueError, "sliding_window (None) must be given"),
     (["activation"], ["SiLU", "", None, 3, ["silu"], np.tanh], ValueError, "'silu'"),
     (["rope_scaling"], ["linear", 2.0, [LINEAR]], TypeError, "mapping"),
 ]

@@ -30,8 +30,11 @@ HF_TINY = [
     "llama_rope_yarn",
     "llama_rope_yarn_v4config",
     "llama_tied",
+    "mistral_sliding_window",
+    "qwen2",
 ]
 HF_LAYOUTS = ["llama_bfloat16", "llama_sharded"]
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 GOLDENS = [f"hf_tiny/{name}" for name in HF_TINY] + [f"hf_layouts/{name}" for name in HF_LAYOUTS]
 
 
@@ -75,13 +78,13 @@ def load(assets):
 
 
 class TestGoldens:
-    def test_every_causal_llama_is_named(self, assets):
+    def test_every_one_that_kllama_reads_is_named(self, assets):
         found = {
             str(path.parent.relative_to(assets / "goldens"))
             for path in itertools.chain(
                 *((assets / "goldens" / folder).glob("*/config.json") for folder in ("hf_tiny", "hf_layouts"))
             )
-            if json.loads(path.read_text())["architectures"] == ["LlamaForCausalLM"]
+            if json.loads(path.read_text())["architectures"][0] in CLASSES
         }
         assert found == set(GOLDENS)
 
@@ -224,11 +227,30 @@ class TestAgainstTransformers:
         assert any(c["head_dim"] * c["num_attention_heads"] != c["hidden_size"] for c in drawn)
 
     @pytest.mark.parametrize("seed", SEEDS)
-    def test_logits(self, transformers, tmp_path, seed):
+    def test_llama(self, transformers, tmp_path, seed):
+        self.check(transformers, tmp_path, "Llama", draw_config(seed), seed)
+
+    @pytest.mark.parametrize(
+        "name, seed, changes",
+        [
+            ("Mistral", 4, {"sliding_window": 6}),
+            ("Mistral", 6, {"sliding_window": None}),
+            ("Qwen2", 4, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+            ("Qwen3", 4, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+            ("Qwen3", 7, {"attention_bias": False}),
+        ],
+    )
+    def test_others_of_its_shape(self, transformers, tmp_path, name, seed, changes):
+        config = draw_config(seed) | {"num_hidden_layers": 2, "mlp_bias": False}
+        config["attention_bias"] &= name == "Qwen3"  # no other has the key
+        config |= {"hidden_size": config["num_attention_heads"] * config["head_dim"]} if name == "Qwen2" else {}
+        self.check(transformers, tmp_path, name, config | changes, seed)
+
+    def check(self, transformers, tmp_path, name, config, seed):
         import torch
 
-        config = transformers.LlamaConfig(**draw_config(seed), attn_implementation="eager")
-        reference = transformers.LlamaForCausalLM(config).eval()
+        config = getattr(transformers, f"{name}Config")(**config, attn_implementation="eager")
+        reference = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         torch.manual_seed(seed)
         for name, parameter in reference.named_parameters():
             torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.3)
@@ -292,7 +314,12 @@ CHANGES = [
     ({}, {"activation": "gelu"}),
     ({"activation": "gelu"}, {"activation": "gelu_new"}),
     ({"activation": "relu"}, {"activation": "relu2"}),
-    ({}, {"attention_bias": False}),
+    ({}, {"attention_bias": False, "attention_output_bias": True}),
+    ({}, {"attention_output_bias": False}),
+    ({}, {"qk_norm": True}),
+    ({}, {"sliding_window": 11}),
+    ({"sliding_window": 11}, {"sliding_window": 10}),
+    ({"sliding_window": 3}, {"layer_types": ["full_attention", "sliding_attention"]}),
     ({}, {"mlp_bias": False}),
     ({}, {"tie_word_embeddings": True}),
     ({}, {"num_layers": 1}),
