@@ -181,7 +181,7 @@ def _no_weights(directory: Path, names: list[str]) -> CheckpointError:
     if fnmatch.filter(names, "consolidated.*"):
         return UnsupportedError(
             f"{directory}: only consolidated.*, Meta's own layout; expected {SINGLE} or {INDEX}. "
-            "Download the files that Hugging Face's transformers reads."
+            "Open the folder that holds params.json, or download the files that transformers reads."
         )
     expected = ", ".join(name for single, index, _ in _WEIGHTS for name in (single, index))
     return MissingFileError(f"{directory}: no weights; expected one of {expected}.", str(directory / SINGLE))

@@ -82,7 +82,8 @@ def check_file(path: Path, directory: Path | None = None) -> int:
         raise MissingFileError(f"{path}: the file does not exist.", str(path)) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}, errno {error.errno}).") from error
-    blobs = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else directory
+    snapshots = next((folder for folder in directory.parents if folder.name == "snapshots"), None)
+    blobs = snapshots.parent / "blobs" if snapshots else directory
     if not real.is_relative_to(directory) and real.parent != blobs:
         raise CheckpointError(f"{path}: a link to {real}; expected a file inside {directory}.")
     if not stat.S_ISREG(status.st_mode):

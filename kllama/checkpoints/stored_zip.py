@@ -23,10 +23,11 @@ _END64_PLACE = struct.Struct("<4sLQL")  # signature, disk, start of _END64, disk
 _END64 = struct.Struct(
     "<4sQ2H2L4Q"
 )  # signature, its size, versions, disk, first disk, entries here, entries, size, start
-_ENTRY = struct.Struct("<4s2x2x2H4xLLLHHHH2x4xL")
+_ENTRY = struct.Struct("<4s2xBx2H4xLLLHHHH2x4xL")
 _HEADER = struct.Struct("<4s2x2H4x4xLLHH")
 _EXTRA = struct.Struct("<HH")  # kind, length
 _TAIL_SIZE = _END64.size + _END64_PLACE.size + _END.size  # in this order; a short file has the last one only
+_NEWEST = 45  # version 4.5 of the format, which has numbers of 64 bits
 _WIDE = 0xFFFFFFFF  # the number is too large for its place and stands in the extra field of kind 1
 _ENCRYPTED, _SIZES_FOLLOW = 0x2041, 0x8  # bits of the flags: three kinds of encryption; sizes stand behind the data
 
@@ -93,14 +94,14 @@ def _find_directory(path: Path, size: int) -> tuple[int, int, int]:
             f"{path}: not a complete archive of torch.save, which ends with the directory of a zip file. "
             "Download it again."
         )
-    _, disk, first_disk, here, num_entries, length, start, _ = _END.unpack(tail[-_END.size :])
+    _, *numbers, _ = _END.unpack(tail[-_END.size :])
     if tail_size == _TAIL_SIZE and tail[_END64.size :][:4] == b"PK\6\7":
-        narrow = (num_entries, length, start)
-        disk, first_disk, here, num_entries, length, start = _read_wide_end(path, tail, size)
-        for value, given, most in zip((num_entries, length, start), narrow, (0xFFFF, _WIDE, _WIDE), strict=True):
+        narrow, numbers = numbers, _read_wide_end(path, tail, size)
+        for given, value, most in zip(narrow, numbers, (*[0xFFFF] * 4, _WIDE, _WIDE), strict=True):
             if given not in (value, most):
                 raise _damaged(path, "the end of the directory", given, f"{value}, as its wide form says")
         end -= _END64_PLACE.size + _END64.size
+    disk, first_disk, here, num_entries, length, start = numbers
     if (disk, first_disk) != (0, 0) or here != num_entries:
         raise _damaged(path, "parts of the archive", f"{here} of {num_entries} members", "all in this file")
     if start + length != end or length > DIRECTORY_LIMIT or num_entries * _ENTRY.size > length:
@@ -109,23 +110,23 @@ def _find_directory(path: Path, size: int) -> tuple[int, int, int]:
     return start, end, num_entries
 
 
-def _read_wide_end(path: Path, tail: bytes, size: int) -> tuple[int, ...]:
+def _read_wide_end(path: Path, tail: bytes, size: int) -> list[int]:
     """Read the end of a directory whose numbers have 64 bits; it stands before the one with 32."""
     _, disk, place, disks = _END64_PLACE.unpack(tail[_END64.size :][: _END64_PLACE.size])
     signature, length, _, _, *numbers = _END64.unpack(tail[: _END64.size])
     expected = size - len(tail)
     if (disk, place) != (0, expected) or disks > 1 or signature != b"PK\6\6" or length != _END64.size - 12:
         raise _damaged(path, "place of the end of the directory", place, expected)
-    return tuple(numbers)
+    return numbers
 
 
 def _read_entry(path: Path, directory: bytes, at: int) -> tuple[_Entry, int]:
     """Read the entry at a place of the directory; return it and the place behind it."""
     if len(directory) - at < _ENTRY.size:
         raise _damaged(path, "the directory", f"{len(directory) - at} bytes for an entry", f"{_ENTRY.size} or more")
-    signature, flags, method, checksum, packed, size, *lengths, disk, header = _ENTRY.unpack_from(directory, at)
+    signature, needed, flags, method, checksum, packed, size, *lengths, disk, header = _ENTRY.unpack_from(directory, at)
     end = at + _ENTRY.size + sum(lengths)
-    if signature != b"PK\1\2" or end > len(directory) or disk != 0:
+    if signature != b"PK\1\2" or end > len(directory) or disk != 0 or needed > _NEWEST:
         raise _damaged(path, f"entry at {at} of the directory", f"{signature.hex()}, {end - at} bytes", "a zip entry")
     name, extra, _ = _split(directory[at + _ENTRY.size : end], lengths)
     name = _decode(path, name)

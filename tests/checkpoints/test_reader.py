@@ -127,6 +127,9 @@ def test_links_into_the_blob_store_of_a_hub_cache_are_followed(tmp_path):
     (blobs / "4567").write_text('{"a": 1}')
     (snapshot / "config.json").symlink_to("../../blobs/4567")
     assert read_json(snapshot / "config.json") == {"a": 1}
+    (snapshot / "original").mkdir()
+    (snapshot / "original" / "params.json").symlink_to("../../../blobs/4567")
+    assert read_json(snapshot / "original" / "params.json") == {"a": 1}
 
     (tmp_path / "models--a--b" / "refs").write_text("{}")
     (snapshot / "other.json").symlink_to("../../refs")
