@@ -29,6 +29,12 @@ ONE_THREAD = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true",
 }
+# What one worker has compiled the other one, and a process that a test starts, takes from the disk.
+COMPILE_ONCE = {
+    "JAX_COMPILATION_CACHE_DIR": "{}/jax",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 class Outcome(NamedTuple):
@@ -61,8 +67,9 @@ def read_report(path: Path, exit_code: int) -> Outcome:
 def run_backend(backend: str, arguments: list[str]) -> Outcome:
     """Run pytest in a new process whose Keras runs on `backend`."""
     print(f"\n== {backend} ==", flush=True)
-    environment = {**os.environ, **ONE_THREAD, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     with tempfile.TemporaryDirectory() as directory:
+        environment = {**os.environ, **ONE_THREAD, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment |= {name: value.format(directory) for name, value in COMPILE_ONCE.items()}
         report = Path(directory, "report.xml")
         command = [sys.executable, *PYTEST, f"--junitxml={report}", *arguments]
         exit_code = subprocess.run(command, env=environment, cwd=ROOT).returncode

@@ -28,6 +28,8 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _GPT4O_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Of Mistral Nemo and its successors.
+TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}{_GPT4O_REST}"
 
 # The `pattern` fields of the tokenizer.json files that their makers publish.
 KNOWN = frozenset(
@@ -43,8 +45,7 @@ KNOWN = frozenset(
         # GPT-4o (o200k), also Llama 4.
         rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}"
         rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}|\p{{N}}{{1,3}}{_GPT4O_REST}",
-        # Tekken of Mistral Nemo and its successors.
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}{_GPT4O_REST}",
+        TEKKEN,
         # DeepSeek LLM and DeepSeek Coder, one pattern a Split.
         r"[\r\n]",
         r"\s?\p{L}+",
