@@ -47,6 +47,7 @@ _DEEPSEEK_CODER = sequence(
 )
 _LLAMA3 = PreTokenizer(_split_by(LLAMA3), ignore_merges=True, adds_start_token=True)
 
+# Those of the tokenizers that the names are of. llama.cpp does the same but for Qwen2, whose NFC it leaves out.
 # "default" is not among them: it is what a converter wrote that did not know the tokenizer.
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer(_GPT2),

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import tokenizers
 
+from kllama.checkpoints.gguf_header import starts_like_gguf
 from kllama.checkpoints.reader import check_file, read_bytes, read_json, read_text, shown
 from kllama.errors import CheckpointError, MissingFileError
+from kllama.text.formats.gguf_vocabulary import open_gguf_vocabulary
 from kllama.text.formats.llama2c import is_llama2c, open_llama2c
 from kllama.text.formats.opened import MAX_BYTES, OpenedVocabulary
 from kllama.text.formats.sentencepiece_model import open_sentencepiece
@@ -44,9 +46,10 @@ def open_vocabulary(
     Args:
         source: path of a `tokenizer.json`, of a `tokenizer.model` of SentencePiece or tiktoken, of a `vocab.json` or
             the `merges.txt` beside it, of KerasHub's `vocabulary.json` or `vocabulary.spm`, of a llama2.c
-            `tokenizer.bin`; path of a directory that holds one; the text of a `tokenizer.json` (recognised by the
-            opening brace), its parsed dict, or a `tokenizers.Tokenizer`, which is copied; the bytes of a
-            `tokenizer.model` or `tokenizer.bin`; or a vocabulary with its merges, as KerasHub has them.
+            `tokenizer.bin`, of a GGUF model; path of a directory that holds one of these but the last; the text of a
+            `tokenizer.json` (recognised by the opening brace), its parsed dict, or a `tokenizers.Tokenizer`, which is
+            copied; the bytes of a `tokenizer.model` or `tokenizer.bin`; or a vocabulary with its merges, as KerasHub
+            has them.
         legacy: `True` puts the mark of a word start before every stretch between special tokens, `False` before the
             text as a whole, `None` leaves that to the file; see `options.py`.
         add_prefix_space: whether there is such a mark, or a space, at all; `None` leaves that to the file.
@@ -88,6 +91,8 @@ def _in_directory(directory: Path) -> Path:
 
 
 def _open_file(path: Path, *options: bool | None) -> OpenedVocabulary:
+    if starts_like_gguf(path):
+        return open_gguf_vocabulary(path, *options)
     data = read_bytes(path, MAX_BYTES)
     if data.lstrip()[:1] == b"{":
         return _open_object(path, *options)
@@ -98,7 +103,7 @@ def _open_file(path: Path, *options: bool | None) -> OpenedVocabulary:
         return _open_pair(_beside(path, VOCABULARIES), path, *options)
     raise CheckpointError(
         f"{path}: first bytes = {shown(data[:16].decode('latin-1'))}; expected a tokenizer.json, a SentencePiece or "
-        "tiktoken model, a vocab.json with its merges.txt, or a llama2.c tokenizer."
+        "tiktoken model, a vocab.json with its merges.txt, a llama2.c tokenizer, or a GGUF model."
     )
 
 
