@@ -7,17 +7,29 @@ from pathlib import Path
 from kllama.checkpoints import kaggle
 from kllama.checkpoints.catalogue import builtin_presets, kaggle_presets
 from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
+from kllama.checkpoints.gguf import GgufCheckpoint, is_gguf, open_gguf
+from kllama.checkpoints.gguf_tokenizer import GgufTokenizer
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
 from kllama.checkpoints.huggingface_tokenizer import HuggingFaceTokenizer
 from kllama.checkpoints.keras_hub import KerasHubCheckpoint, is_keras_hub
 from kllama.checkpoints.keras_hub_tokenizer import KerasHubTokenizer, is_keras_hub_tokenizer
+from kllama.checkpoints.llama2c import Llama2cCheckpoint, is_llama2c
+from kllama.checkpoints.meta import MetaCheckpoint, is_meta
 from kllama.checkpoints.preset import PresetCheckpoint, PresetTokenizer, has_preset_tokenizer, is_preset
+from kllama.checkpoints.workspace import recover, refuse_interrupted
 from kllama.errors import MissingFileError, UnsupportedError
 
 _FORMATS = (
     (is_keras_hub, KerasHubCheckpoint),
     (is_preset, PresetCheckpoint),
     (is_huggingface, HuggingFaceCheckpoint),
+    (is_meta, MetaCheckpoint),
+    (is_gguf, GgufCheckpoint),
+    (is_llama2c, Llama2cCheckpoint),
+)
+_EXPECTED = (
+    "a directory with a kllama preset, a KerasHub preset, a Hugging Face Llama (config.json), Meta's files "
+    "(params.json and consolidated.00.pth) or one GGUF model, or a GGUF or llama2.c file"
 )
 
 
@@ -26,33 +38,26 @@ def open_checkpoint(handle: str | os.PathLike, strictness: Strictness = STRICT) 
 
     Args:
         handle: the name of a preset of the catalogue, a `kaggle://` handle, or the path of a preset directory, kllama's
-            or KerasHub's, or of a Hugging Face directory.
+            or KerasHub's, of a Hugging Face directory, of a directory of Meta's, of a GGUF file, or of a llama2.c file.
         strictness: what is let pass.
 
     Returns:
         The checkpoint, of the class of its format.
 
     Raises:
-        MissingFileError: if there is nothing of that name, or a directory without `config.json`.
+        MissingFileError: if there is nothing of that name, or a directory without a checkpoint.
         ResourceError: if a download fails.
         UnsupportedError: if the format is not one that kllama reads.
         CheckpointError: if a file is damaged, or does not fit the others.
     """
     path = _locate(handle)
-    config = path / "config.json"
-    if path.is_dir() and not config.is_file():
-        raise MissingFileError(
-            f"{path}: no file config.json; expected that of a kllama preset, of a KerasHub preset or of a Hugging Face "
-            "Llama.",
-            filename=str(config),
-        )
     for is_format, checkpoint_class in _FORMATS:
         if is_format(path):
             return checkpoint_class(path, strictness)
-    raise UnsupportedError(
-        f"{path}: holds no checkpoint that kllama reads; expected a directory with the config.json of a kllama preset, "
-        "of a KerasHub preset or of a Hugging Face Llama."
-    )
+    config = path / "config.json"
+    if path.is_dir() and not config.is_file():
+        raise MissingFileError(f"{path}: no file config.json; expected {_EXPECTED}.", filename=str(config))
+    raise UnsupportedError(f"{path}: holds no checkpoint that kllama reads; expected {_EXPECTED}.")
 
 
 def open_tokenizer(handle: str | os.PathLike):
@@ -76,6 +81,10 @@ def open_tokenizer(handle: str | os.PathLike):
         return KerasHubTokenizer(path)
     if has_preset_tokenizer(path) or is_preset(path):
         return PresetTokenizer(path)
+    if is_gguf(path):
+        return GgufTokenizer(open_gguf(path))
+    if is_meta(path) or is_llama2c(path):
+        return open_checkpoint(path)
     return HuggingFaceTokenizer(path)
 
 
@@ -97,13 +106,13 @@ def _locate(handle) -> Path:
             "Download the repository and pass its folder."
         )
     path = Path(os.path.expanduser(handle))
-    if not os.path.exists(path):  # false for what cannot be a path at all, too
+    if not os.path.exists(path) and not recover(path):  # false for what cannot be a path at all, too
         near = difflib.get_close_matches(str(handle), [*builtin, *on_kaggle], cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise MissingFileError(
             f"{handle}: no such preset; expected a built-in name {sorted(builtin)}, one of the {len(on_kaggle)} names "
-            "that LlamaBackbone.presets lists, a kaggle:// handle, or the path of a preset directory or of a Hugging "
-            f"Face directory.{hint}",
+            f"that LlamaBackbone.presets lists, a kaggle:// handle, or the path of {_EXPECTED}.{hint}",
             filename=str(handle),
         )
+    refuse_interrupted(path)
     return path

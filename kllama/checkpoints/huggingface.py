@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kllama.checkpoints import manifest
 from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
 from kllama.checkpoints.config import backbone_config, generation_settings, token_ids
 from kllama.checkpoints.huggingface_tokenizer import SETTINGS, preprocessor_config, tokenizer_config
@@ -87,6 +88,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, path: str | Path, strictness: Strictness = STRICT):
         self.path = Path(path)
         names = _list_directory(self.path)
+        self._verification = manifest.check(self.path) if strictness.verify else None
         config_file = self.path / "config.json"
         config = read_json(config_file)
         self.backbone_config = backbone_config(config, config_file)
@@ -112,6 +114,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             CheckpointError: values that are not finite, a tied head that differs from the embedding, or a file that
                 changed since it was opened.
         """
+        yield from self._verification.during(self._read_tensors()) if self._verification else self._read_tensors()
+
+    def _read_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         if self.backbone_config["tie_word_embeddings"] and HEAD in self._stored and self._strictness.unused:
             _check_equal(self._stored[EMBEDDINGS], self._stored[HEAD])
         for tensor in expected_tensors(self.backbone_config):

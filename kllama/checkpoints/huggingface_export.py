@@ -1,7 +1,7 @@
 """Write a model as a Hugging Face directory: `config.json`, `generation_config.json` and safetensors.
 
 It takes arguments of `LlamaBackbone` and arrays, and knows no Keras; the tokenizer's files are written by
-`text/huggingface_export.py`. `models/exports.py` joins the two, and stages the directory.
+`text/huggingface_export.py`. `models/export_huggingface.py` joins the two, and stages the directory.
 """
 
 import json

@@ -139,10 +139,15 @@ def _rope_scaling(path: Path, params: dict) -> tuple[dict | None, dict[str, str]
             "'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, "
             "'original_max_position_embeddings': 8192}, with 8.0 for a model of Llama 3.1 or 3.3, 32.0 for one of 3.2."
         }
+    return llama3_scaling(factor, given[1] or 4.0), {}
+
+
+def llama3_scaling(factor: float, high_freq_factor: float = 4.0) -> dict:
+    """Give the scaling of RoPE that Llama 3.1 and later have, as `rope_scaling` of `LlamaBackbone`."""
     return {
         "rope_type": "llama3",
-        "factor": factor,
+        "factor": float(factor),
         "low_freq_factor": 1.0,
-        "high_freq_factor": given[1] or 4.0,
+        "high_freq_factor": high_freq_factor,
         "original_max_position_embeddings": _ORIGINAL_LENGTH,
-    }, {}
+    }

@@ -3,6 +3,7 @@
     config.json                       the backbone: {"registered_name": "kllama>LlamaBackbone", "config": {...}}
     model.weights.h5                  its weights, or model.weights.json and several model_*.weights.h5
     task.json, preprocessor.json, tokenizer.json, assets/tokenizer/tokenizer.json     where there is a tokenizer
+    kllama_manifest.json              the size and the SHA-256 of each, from kllama 0.2 on
 
 Fields are read one by one; nothing is handed to Keras' deserializer, so a preset cannot name a class to import. Builds
 no model: `models/` does. Presets of KerasHub's own Llama are another format.
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kllama.checkpoints import manifest
 from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
 from kllama.checkpoints.config import GENERATION_KEYS, generation_settings, token_ids
 from kllama.checkpoints.h5_weights import H5Weights
@@ -114,13 +116,15 @@ class PresetCheckpoint(Checkpoint):
     Raises:
         MissingFileError: if `config.json`, the weights or the tokenizer's vocabulary are missing.
         UnsupportedError: if it holds another class, or a dtype policy that kllama does not read.
-        CheckpointError: if a file is damaged, or the weights are not exactly those that `config.json` asks for.
+        CheckpointError: if a file is damaged or not what the manifest says, or the weights are not exactly those that
+            `config.json` asks for.
     """
 
     format = "kllama preset"
 
     def __init__(self, path: Path, strictness: Strictness = STRICT):
         self.path = path
+        self._verification = manifest.check(path) if strictness.verify else None
         config_file = path / _CONFIG
         config = read_object(config_file, _BACKBONE)
         dtype = config.pop("dtype", None)
@@ -133,8 +137,10 @@ class PresetCheckpoint(Checkpoint):
         task = read_object(path / _TASK, "kllama>LlamaCausalLM") if (path / _TASK).is_file() else {}
         self.generation_config = _read_generation_config(path / _TASK, task)
         self._sampler = task.get("sampler", "auto")
-        self._weights = H5Weights(path)
-        check_tensors(self._expected_tensors, self._weights.tensors, path)
+        self._weights = H5Weights(path, among=self._verification.names if self._verification else None)
+        check_tensors(self._expected_tensors, self._weights.tensors, path, strictness)
+        self.stored_bytes = self._weights.stored_bytes
+        self._strictness = strictness
         self.dtype = self._dtypes.or_default(self._weights.tensors[_NORM].dtype, path)
 
     @property
@@ -151,10 +157,11 @@ class PresetCheckpoint(Checkpoint):
         """Yield (variable path, array) for each weight, one at a time, in the dtype that it is stored in.
 
         Raises:
-            CheckpointError: values that are not finite, scales that cannot be divided by, or a file that changed since
-                it was opened.
+            CheckpointError: values that are not finite, scales that cannot be divided by, a file that changed since it
+                was opened, or, after the last, one that is not what was saved.
         """
-        yield from read_tensors(self._weights, self._expected_tensors())
+        tensors = read_tensors(self._weights, self._expected_tensors(), self._strictness)
+        yield from self._verification.during(tensors) if self._verification else tensors
 
     def _expected_tensors(self) -> Iterator[PresetTensor]:
         return preset_tensors(self.backbone_config, self._dtypes.quantizes, _group)
@@ -177,6 +184,7 @@ class PresetTokenizer:
 
     def __init__(self, path: Path):
         self.path = path
+        manifest.check(path, with_weights=False)
         self.tokenizer_config = _read_tokenizer_config(path)
         if self.tokenizer_config is None:
             raise MissingFileError(f"{path}: no tokenizer; expected {_TOKENIZER}.", str(path / _TOKENIZER))

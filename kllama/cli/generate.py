@@ -44,5 +44,5 @@ def load_model(preset: str, dtype: str | None, show_progress: bool, show_logs: b
     with nullcontext() if show_logs else native_stderr_hidden():
         from kllama.checkpoints import progress
         from kllama.models.llama_causal_lm import LlamaCausalLM
-    with progress.show() if show_progress else nullcontext():
+    with nullcontext() if show_progress else progress.quiet():
         return LlamaCausalLM.from_preset(preset, dtype=dtype)

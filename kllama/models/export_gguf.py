@@ -1,7 +1,7 @@
 """Export a language model to a GGUF file: its configuration, its weights and its tokenizer, for llama.cpp.
 
 It joins what `checkpoints/gguf_export.py` says of a model with what `text/gguf_tokens.py` says of a tokenizer.
-`LlamaCausalLM.export_gguf` calls it.
+`LlamaCausalLM.export_gguf` and `convert.py` call it.
 """
 
 import os
@@ -14,18 +14,20 @@ from kllama.arguments import check_flag
 from kllama.checkpoints.gguf_export import GGUF_DTYPES, gguf_architecture, gguf_metadata, write_gguf
 from kllama.checkpoints.writer import resolve
 from kllama.core.rope import RotaryFrequencies
-from kllama.models.float_tensors import float_tensors, stored_dtype
+from kllama.errors import UnsupportedError
+from kllama.models.exported import Exported
 from kllama.text.gguf_tokens import gguf_tokens
-from kllama.text.tokenizer import LlamaTokenizer
 
 DEFAULT_CONTEXT_LENGTH = 2048
 
 
-def export_gguf(model: keras.Model, path: str | os.PathLike, dtype: str | None = None, overwrite: bool = False) -> None:
+def export_gguf(
+    exported: Exported, path: str | os.PathLike, *, dtype: str | None = None, overwrite: bool = False
+) -> None:
     """Write a language model to a GGUF file; see `LlamaCausalLM.export_gguf`.
 
     Args:
-        model: a `LlamaCausalLM`.
+        exported: the model.
         path: the file.
         dtype: one of `GGUF_DTYPES`, or None for the dtype of the weights.
         overwrite: whether a file that is there is replaced.
@@ -33,24 +35,24 @@ def export_gguf(model: keras.Model, path: str | os.PathLike, dtype: str | None =
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ValueError(f"dtype ({dtype!r}) must be one of {', '.join(GGUF_DTYPES)}, or None.")
     check_flag("overwrite", overwrite)
-    config = model.backbone.get_config()
+    if not exported.has_head:
+        raise UnsupportedError("the model has no head, and llama.cpp runs none without; expected a language model.")
+    config, dtype = exported.config, dtype or exported.dtype
     gguf_architecture(config)  # refuses what llama.cpp cannot run, before anything else is done
-    dtype = dtype or stored_dtype(model.backbone)
-    weights = float_tensors(model.backbone)
     frequencies = RotaryFrequencies(
         config["head_dim"], config["rope_max_wavelength"], config["rope_scaling"], config["max_sequence_length"]
     )
     name = resolve(path).stem.encode("utf-8", "replace").decode()
-    metadata = gguf_metadata(config, dtype, name, _context_length(model), frequencies.attention_factor)
-    metadata |= _tokenizer_keys(model)
-    write_gguf(path, config, dtype, metadata, weights, _rope_factors(config, frequencies), overwrite)
+    metadata = gguf_metadata(config, dtype, name, _context_length(exported), frequencies.attention_factor)
+    metadata |= _tokenizer_keys(exported)
+    write_gguf(path, config, dtype, metadata, exported.tensors, _rope_factors(config, frequencies), overwrite)
 
 
-def _context_length(model) -> int:
+def _context_length(exported: Exported) -> int:
     """Give the longest sequence. llama.cpp needs one, also of a model that does not say."""
-    if model.backbone.max_sequence_length is not None:
-        return model.backbone.max_sequence_length
-    return DEFAULT_CONTEXT_LENGTH if model.preprocessor is None else model.preprocessor.sequence_length
+    if exported.config["max_sequence_length"] is not None:
+        return exported.config["max_sequence_length"]
+    return DEFAULT_CONTEXT_LENGTH if exported.preprocessor is None else exported.preprocessor.sequence_length
 
 
 def _rope_factors(config: dict, frequencies: RotaryFrequencies) -> dict[str, np.ndarray]:
@@ -68,19 +70,17 @@ def _rope_factors(config: dict, frequencies: RotaryFrequencies) -> dict[str, np.
     return {"rope_freqs.weight": (before / after).astype("float32")}
 
 
-def _tokenizer_keys(model) -> dict[str, object]:
-    if model.preprocessor is None:
+def _tokenizer_keys(exported: Exported) -> dict[str, object]:
+    tokenizer = exported.tokenizer
+    if tokenizer is None:
         warnings.warn(
             "preprocessor = None: the file gets no tokenizer, and llama.cpp takes token ids alone from it.",
             stacklevel=4,
         )
         return {"tokenizer.ggml.model": "none"}
-    tokenizer = model.preprocessor.tokenizer
-    if not isinstance(tokenizer, LlamaTokenizer):
-        raise TypeError(f"preprocessor.tokenizer ({tokenizer!r}) must be a LlamaTokenizer.")
     return gguf_tokens(
         tokenizer,
-        model.backbone.vocabulary_size,
-        model.preprocessor.add_start_token,
-        model.generation_config.get("stop_token_ids", ()),
+        exported.config["vocabulary_size"],
+        exported.preprocessor.add_start_token,
+        exported.generation_config.get("stop_token_ids", ()),
     )

@@ -16,6 +16,9 @@ from kllama.arguments import check_integer
 from kllama.checkpoints.catalogue import keras_hub_entries
 from kllama.checkpoints.checkpoint import Strictness
 from kllama.checkpoints.formats import open_checkpoint
+from kllama.checkpoints.preset_directory import BACKBONE, staged_preset
+from kllama.checkpoints.undisturbed import undisturbed
+from kllama.checkpoints.writer import staged_file
 from kllama.errors import CheckpointError
 from kllama.layers.causal_mask import CausalMask
 from kllama.layers.decoder_layer import LlamaDecoderLayer
@@ -30,10 +33,12 @@ from kllama.models.backbone_arguments import (
     settle_arguments,
 )
 from kllama.models.dtypes import check_dtype, resolve_dtype
+from kllama.models.export_huggingface import MAX_SHARD_SIZE, export_huggingface
+from kllama.models.exported import exported_backbone
 from kllama.models.layout import megatron_layout
 from kllama.models.lora import check_lora_targets
 from kllama.models.quantization import quantize_model, serialize_dtypes, settle_policies
-from kllama.models.weights import assign_weights, load_keras_hub_weights, uninitialized_weights
+from kllama.models.weights import assign_weights, count_bytes, load_keras_hub_weights, uninitialized_weights
 
 
 @keras.saving.register_keras_serializable(package="kllama")
@@ -352,6 +357,30 @@ class LlamaBackbone(keras_hub.models.Backbone):
         if not load_keras_hub_weights(self, filepath):
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
+    def save_to_preset(self, preset_dir, max_shard_size: float | None = 10, *, overwrite: bool = False):
+        """Save the backbone to a directory that `from_preset` loads; what else a preset has there is kept.
+
+        The directory is whole at every instant: it has the old backbone or the new one.
+
+        Args:
+            preset_dir: the directory.
+            max_shard_size: the largest size of a file of weights, in GB. None writes one file whatever its size.
+            overwrite: whether the directory may hold files that no preset has; they are kept.
+
+        Raises:
+            ValueError: the directory holds files that no preset has.
+            ResourceError: the disk is full or fails, or the directory may not be written to.
+        """
+        with staged_preset(preset_dir, BACKBONE, overwrite, count_bytes(self)) as staging:
+            super().save_to_preset(str(staging), max_shard_size=max_shard_size)
+
+    def save_lora_weights(self, filepath):
+        """Save the matrices of LoRA to a `.lora.h5` file, which appears whole or not at all; one there is replaced."""
+        if not str(filepath).endswith(".lora.h5"):
+            raise ValueError(f"filepath ({str(filepath)!r}) must end in .lora.h5.")
+        with staged_file(filepath, overwrite=True) as staging:
+            super().save_lora_weights(str(staging))
+
     def default_lora_layer_names(self) -> list[str]:
         """List the names of the layers that `enable_lora` adapts by default."""
         return ["query", "value"]
@@ -381,6 +410,28 @@ class LlamaBackbone(keras_hub.models.Backbone):
         """Quantise the weights in place; see `LlamaCausalLM.quantize`, the one to call where there is such a model."""
         quantize_model(self, mode, config, filters, **kwargs)
 
+    def export_to_transformers(
+        self,
+        path,
+        *,
+        dtype: str | None = None,
+        max_shard_size: float = MAX_SHARD_SIZE,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the backbone as a Hugging Face directory: a base model, `LlamaModel` of transformers 4 and 5.
+
+        A base model gives hidden states and has no head: an untied head stays behind. To write it, too, call the method
+        of `LlamaCausalLM`; its arguments and errors are the same, and it says what becomes of LoRA and int8.
+
+        Args:
+            path: the directory.
+            dtype: of the stored weights, by default that of the variables.
+            max_shard_size: how much of the weights a file holds at most, in GB.
+            overwrite: whether a directory that holds something is replaced, whole.
+        """
+        exported = exported_backbone(self)
+        export_huggingface(exported, path, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+
     def get_config(self):
         config = {"name": self.name, "trainable": self.trainable, "dtype": serialize_dtypes(self)}
         config |= {name: getattr(self, name) for name in CONFIG_NAMES}
@@ -391,6 +442,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
         return config
 
     @classmethod
+    @undisturbed
     def from_preset(
         cls,
         preset,

@@ -15,9 +15,14 @@ from keras_hub.src.utils.tensor_utils import in_tf_function
 from kllama import backend
 from kllama.checkpoints.checkpoint import Strictness
 from kllama.checkpoints.formats import open_checkpoint
+from kllama.checkpoints.preset_directory import staged_preset
+from kllama.checkpoints.undisturbed import undisturbed
 from kllama.errors import CheckpointError
 from kllama.generation.programs import Programs
 from kllama.models.continuation import continue_prompts, run_sampler
+from kllama.models.export_gguf import export_gguf
+from kllama.models.export_huggingface import MAX_SHARD_SIZE, export_huggingface
+from kllama.models.exported import exported_model
 from kllama.models.generate_arguments import (
     check_generation_config,
     check_lengths,
@@ -31,7 +36,7 @@ from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.prompts import check_ids, join_results, read_prompts
 from kllama.models.quantization import check_preset_mode, quantize_model
 from kllama.models.variable_watch import VariableWatch
-from kllama.models.weights import load_keras_hub_weights
+from kllama.models.weights import count_bytes, load_keras_hub_weights
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor
 from kllama.text.tokenizer import LlamaTokenizer
 from kllama.training.batches import is_batches, is_tf_dataset, refuse_labels, unpack_batch, wrap_batches
@@ -187,18 +192,29 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         if self.compiled and self.optimizer is not None:
             self.optimizer = renewed(self.optimizer)
 
-    def save_to_preset(self, preset_dir, **kwargs):
-        """Save the model to a directory that `from_preset` loads; arguments as in `keras_hub.models.Task`.
+    def save_to_preset(self, preset_dir, max_shard_size: float | None = 10, *, overwrite: bool = False):
+        """Save the model, with its tokenizer, to a directory that `from_preset` loads.
+
+        The directory appears whole, with a manifest of sizes and SHA-256, or not at all. A preset that is there is
+        replaced, all of it, and stays as it was until the new one is complete.
+
+        Args:
+            preset_dir: the directory.
+            max_shard_size: the largest size of a file of weights, in GB. None writes one file whatever its size.
+            overwrite: whether a directory that holds files that no preset has is replaced, with these files.
 
         Raises:
-            ValueError: the tokenizer has more tokens than the model has rows for, or the model is quantised to other
-                than int8.
+            ValueError: the tokenizer has more tokens than the model has rows for, the model is quantised to other than
+                int8, or the directory holds files that no preset has.
+            ResourceError: the disk is full or fails, or the directory may not be written to.
         """
         self._check_vocabulary()
         check_preset_mode(self)
-        super().save_to_preset(preset_dir, **kwargs)
+        with staged_preset(preset_dir, overwrite=overwrite, needed_bytes=count_bytes(self)) as staging:
+            super().save_to_preset(str(staging), max_shard_size=max_shard_size)
 
     @classmethod
+    @undisturbed
     def from_preset(
         cls,
         preset,
@@ -221,7 +237,8 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
                 one.
             check_finite: whether NaN and infinity in weights are refused.
             strict: whether tensors that the configuration does not use are refused; else a warning names them.
-            **kwargs: constructor arguments that replace the checkpoint's, such as `preprocessor`.
+            **kwargs: constructor arguments that replace the checkpoint's, such as `preprocessor`; and `rope_scaling`
+                where the files of a checkpoint cannot tell it.
 
         Returns:
             A `LlamaCausalLM`. Its preprocessor is None where the checkpoint carries no tokenizer.
@@ -232,12 +249,17 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
             CheckpointError: if a file is damaged, or does not fit the others.
             UnsupportedError: if the checkpoint is no Llama, or asks for what kllama does not implement.
         """
+        checkpoint = open_checkpoint(preset, Strictness(verify, check_finite, strict))
+        return cls.from_checkpoint(checkpoint, load_weights, dtype=dtype, **kwargs)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, load_weights: bool = True, *, dtype=None, **kwargs):
+        """Build a model from a checkpoint that `kllama.checkpoints.formats.open_checkpoint` has opened."""
         if "backbone" in kwargs and (dtype is not None or not load_weights):
             raise ValueError(
                 f"dtype ({dtype!r}) and load_weights ({load_weights}) are for a backbone from the checkpoint; expected "
                 "neither with backbone=."
             )
-        checkpoint = open_checkpoint(preset, Strictness(verify, check_finite, strict))
         if not checkpoint.has_head:
             raise CheckpointError(
                 f"{checkpoint.path}: lm_head.weight is missing and tie_word_embeddings is false; expected one of the "
@@ -249,8 +271,85 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         if "sampler" not in kwargs and checkpoint.sampler != "auto":
             kwargs["sampler"] = checkpoint.sampler
         if "backbone" not in kwargs:
-            kwargs["backbone"] = LlamaBackbone.from_checkpoint(checkpoint, load_weights, dtype=dtype)
+            answers = {name: kwargs.pop(name) for name in checkpoint.open_questions if name in kwargs}
+            kwargs["backbone"] = LlamaBackbone.from_checkpoint(checkpoint, load_weights, dtype=dtype, **answers)
         return cls(**{"generation_config": checkpoint.generation_config, **kwargs})
+
+    def export_to_transformers(
+        self,
+        path,
+        *,
+        dtype: str | None = None,
+        max_shard_size: float = MAX_SHARD_SIZE,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the model and its tokenizer as a Hugging Face directory, which transformers 4 and 5 open.
+
+        It holds `config.json`, `generation_config.json`, safetensors and, where there is a preprocessor, tokenizer
+        files with its start token and its chat templates. The directory appears whole or not at all.
+
+        The matrices of LoRA are merged into the weights, and int8 weights become floats again. `dropout` is left out,
+        with a warning. A `max_sequence_length` of None becomes what `rope_scaling` was made for, else 2048: there has
+        to be a number, and no logit depends on it. Where there is a chat template, the token that ends a turn ends
+        texts, too: transformers has one list for both.
+
+        Args:
+            path: the directory.
+            dtype: `"float32"`, `"bfloat16"` or `"float16"`, of the stored weights. By default that of the variables,
+                of which nothing is lost then, but for the rounding of what was merged or was int8.
+            max_shard_size: how much of the weights a file holds at most, in GB.
+            overwrite: whether a directory that holds something is replaced, whole.
+
+        Raises:
+            TypeError: for an argument of the wrong type, and a tokenizer that is no `LlamaTokenizer`.
+            ValueError: for a value out of range, a directory that holds something, and a tokenizer with more tokens
+                than the model has rows for.
+            UnsupportedError: no class of transformers has this combination of settings, or the model is quantised to
+                int4.
+            CheckpointError: a weight is not finite, or becomes too large for `dtype`.
+            ResourceError: the disk is full or failing.
+
+        Example:
+
+        ```python
+        model.export_to_transformers("my_model", dtype="bfloat16")
+        # transformers.AutoModelForCausalLM.from_pretrained("my_model")
+        ```
+        """
+        self._check_vocabulary()
+        exported = exported_model(self)
+        export_huggingface(exported, path, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+
+    def export_gguf(self, path, *, dtype: str | None = None, overwrite: bool = False) -> None:
+        """Write the model and its tokenizer as one GGUF file, which llama.cpp runs.
+
+        The file appears whole or not at all. LoRA matrices are merged into it, and int8 kernels become floats first.
+        llama.cpp wants to know how long texts may be: where `max_sequence_length` is None, that is the preprocessor's
+        `sequence_length`. Without a preprocessor the file holds no tokenizer. Where llama.cpp works otherwise than this
+        model, on some texts, a warning says on which.
+
+        Args:
+            path: the file.
+            dtype: `"float32"`, `"float16"` or `"bfloat16"`; or `"q8_0"` or `"q4_0"`, 8 or 4 bits a weight and a scale
+                for 32 of them. Norms and biases are float32 in any case; where rows do not fill blocks of 32, the
+                blocks are float16; the head of q4_0 is q8_0. None means the dtype of the weights.
+            overwrite: whether a file that is there is replaced.
+
+        Raises:
+            ValueError: another dtype, a file that is there, or a tokenizer with more tokens than the model has rows.
+            UnsupportedError: what llama.cpp cannot run, in the model or in the tokenizer, and layers that are quantised
+                to int4; the message names it.
+            NonFiniteError: a weight that is no number, or too large for the dtype.
+            ResourceError: the disk is full or fails.
+
+        Example:
+
+        ```python
+        model.export_gguf("model.gguf", dtype="q8_0")
+        ```
+        """
+        self._check_vocabulary()
+        export_gguf(exported_model(self), path, dtype=dtype, overwrite=overwrite)
 
     # === Training ===
 

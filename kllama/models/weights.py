@@ -3,6 +3,7 @@
 Knows Keras variables and NumPy arrays; knows no file format. Called by `models/`.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
+from keras_hub.src.utils.tensor_utils import get_tensor_size_in_bits
 
 from kllama.checkpoints import progress
 from kllama.checkpoints.keras_hub import read_weight_file
@@ -46,7 +48,8 @@ def assign_weights(model: keras.Model, tensors: Iterable[tuple[str, np.ndarray]]
         CheckpointError: if a tensor has no weight or a weight no tensor, if one is given twice, or a shape differs.
     """
     waiting, filled = {weight.path: weight for weight in model.weights}, set()
-    for path, array in progress.track(tensors, "loading weights", total=len(waiting)):
+    total = sum(math.prod(weight.shape) for weight in model.weights)
+    for path, array in progress.track(tensors, "loading weights", total, size=lambda pair: pair[1].size):
         if path in filled:
             raise CheckpointError(f"{path}: the checkpoint gives a tensor twice; expected each once.")
         if path not in waiting:
@@ -60,6 +63,11 @@ def assign_weights(model: keras.Model, tensors: Iterable[tuple[str, np.ndarray]]
     for variable in model.variables:
         if variable._value is None:
             variable._deferred_initialize()
+
+
+def count_bytes(model: keras.Model) -> int:
+    """Count the bytes of a model's weights."""
+    return sum(get_tensor_size_in_bits(weight.shape, weight.dtype) for weight in model.weights) // 8
 
 
 def load_keras_hub_weights(backbone: keras.Model, file: str | os.PathLike) -> bool:

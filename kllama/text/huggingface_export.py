@@ -7,7 +7,7 @@
 
 Two things transformers does its own way: a special token that is spelt in a text is the token there (`parse_special` of
 our tokenizer), and without a pad token it refuses to pad. The tokenizer and the preprocessor export themselves through
-this file, and `models/exports.py` a model's.
+this file, and `models/export_huggingface.py` a model's.
 """
 
 import json

@@ -13,6 +13,9 @@ import numpy as np
 from keras_hub.src.utils.tensor_utils import convert_preprocessing_outputs_python, in_tf_function
 
 from kllama.checkpoints.formats import open_tokenizer
+from kllama.checkpoints.preset_directory import layer_files, staged_preset
+from kllama.checkpoints.undisturbed import undisturbed
+from kllama.text.huggingface_export import export_tokenizer
 from kllama.text.row_builder import RowBuilder
 from kllama.text.rows import Row, cut, pad
 from kllama.text.samples import Samples, read_samples
@@ -191,7 +194,32 @@ class LlamaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             return self.tokenizer.detokenize(token_ids[keep].tolist())
         return [self.tokenizer.detokenize(row[kept].tolist()) for row, kept in zip(token_ids, keep, strict=True)]
 
+    def export_to_transformers(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write the tokenizer as a Hugging Face directory, with the start token if `add_start_token` says so.
+
+        Arguments and errors are those of `LlamaTokenizer.export_to_transformers`.
+        """
+        if not isinstance(self.tokenizer, LlamaTokenizer):
+            raise TypeError(f"tokenizer = {self.tokenizer!r}; expected a LlamaTokenizer.")
+        export_tokenizer(self.tokenizer, path, add_start_token=self.add_start_token, overwrite=overwrite)
+
+    def save_to_preset(self, preset_dir, *, overwrite: bool = False):
+        """Save preprocessor and tokenizer to a directory that `from_preset` loads; what else a preset has is kept.
+
+        Args:
+            preset_dir: the directory, which is whole at every instant.
+            overwrite: whether it may hold files that no preset has; they are kept.
+
+        Raises:
+            ValueError: the directory holds files that no preset has.
+            ResourceError: the disk is full or fails, or the directory may not be written to.
+        """
+        files = layer_files(self.config_file, *(() if self.tokenizer is None else (self.tokenizer.config_file,)))
+        with staged_preset(preset_dir, files, overwrite) as staging:
+            super().save_to_preset(str(staging))
+
     @classmethod
+    @undisturbed
     def from_preset(cls, preset: str | os.PathLike, **kwargs) -> "LlamaCausalLMPreprocessor":
         """Build the preprocessor of a checkpoint, with its tokenizer.
 

@@ -17,11 +17,14 @@ from keras_hub.src.utils.tensor_utils import in_tf_function
 
 from kllama.arguments import check_flag
 from kllama.checkpoints.formats import open_tokenizer
+from kllama.checkpoints.preset_directory import layer_files, staged_preset
+from kllama.checkpoints.undisturbed import undisturbed
 from kllama.errors import CheckpointError, MissingFileError
 from kllama.text.chat.tokenizer import ChatTokenizer
 from kllama.text.detokenizer import StreamingDetokenizer
 from kllama.text.formats.recognise import open_vocabulary
 from kllama.text.formats.rules import rust_errors
+from kllama.text.huggingface_export import export_tokenizer
 from kllama.text.inputs import as_rows, as_texts
 from kllama.text.keras_hub_arguments import SOURCES, translate, with_own_names
 from kllama.text.tokenizer_training import train_tokenizer
@@ -294,6 +297,23 @@ class LlamaTokenizer(ChatTokenizer):
             raise MissingFileError(f"{ASSET}: not in the saved model; expected among the assets of {self.name!r}.")
         self._set_vocabulary(os.path.join(dir_path, ASSET))
 
+    def export_to_transformers(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write the tokenizer as a Hugging Face directory, which `AutoTokenizer` of transformers 4 and 5 opens.
+
+        It puts the start token before each text where the vocabulary's own rules do; the method of the preprocessor,
+        where its `add_start_token` says so.
+
+        Args:
+            path: the directory.
+            overwrite: whether a directory that holds something is replaced, whole.
+
+        Raises:
+            ValueError: the directory holds something and `overwrite` is false, there is no vocabulary, or the name of a
+                chat template is no name of a file.
+            ResourceError: the disk is full or failing.
+        """
+        export_tokenizer(self, path, add_start_token=self.adds_start_token, overwrite=overwrite)
+
     def get_config(self) -> dict:
         config = super().get_config()
         config.update(
@@ -320,7 +340,22 @@ class LlamaTokenizer(ChatTokenizer):
                 )
         return super().from_config(config)
 
+    def save_to_preset(self, preset_dir, *, overwrite: bool = False):
+        """Save the tokenizer to a directory that `from_preset` loads; what else a preset has there is kept.
+
+        Args:
+            preset_dir: the directory, which is whole at every instant.
+            overwrite: whether it may hold files that no preset has; they are kept.
+
+        Raises:
+            ValueError: the directory holds files that no preset has.
+            ResourceError: the disk is full or fails, or the directory may not be written to.
+        """
+        with staged_preset(preset_dir, layer_files(self.config_file), overwrite) as staging:
+            super().save_to_preset(str(staging))
+
     @classmethod
+    @undisturbed
     def from_preset(cls, preset: str | os.PathLike, **kwargs) -> "LlamaTokenizer":
         """Build the tokenizer of a checkpoint.
 

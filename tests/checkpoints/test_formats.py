@@ -9,7 +9,7 @@ import keras_hub
 import numpy as np
 import pytest
 
-from kllama.checkpoints import catalogue
+from kllama.checkpoints import catalogue, manifest
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
 from kllama.checkpoints.keras_hub import KerasHubCheckpoint
@@ -45,7 +45,7 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
     """A preset, to be changed."""
-    return shutil.copytree(saved, tmp_path / "preset")
+    return shutil.copytree(saved, tmp_path / "preset", ignore=shutil.ignore_patterns(manifest.NAME))
 
 
 # What is opened

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import kllama
+from kllama.checkpoints import manifest
 from kllama.checkpoints.preset import PresetCheckpoint
 from kllama.checkpoints.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
@@ -50,6 +51,7 @@ def saved(tmp_path_factory) -> Path:
 def folder(saved, tmp_path) -> Path:
     for file in saved.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / manifest.NAME).unlink()  # it would be the first to find what is wrong
     return tmp_path
 
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kllama.checkpoints import manifest
 from kllama.checkpoints.preset import PresetCheckpoint, is_preset
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.llama_backbone import LlamaBackbone
@@ -104,14 +105,14 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    """A sound preset with one file of weights, to be damaged."""
-    return shutil.copytree(saved / "single", tmp_path / "preset")
+    """A sound preset with one file of weights, to be damaged: without its manifest, which would find it out first."""
+    return shutil.copytree(saved / "single", tmp_path / "preset", ignore=shutil.ignore_patterns(manifest.NAME))
 
 
 @pytest.fixture
 def sharded(saved, tmp_path) -> Path:
     """The same with several."""
-    return shutil.copytree(saved / "sharded", tmp_path / "sharded")
+    return shutil.copytree(saved / "sharded", tmp_path / "sharded", ignore=shutil.ignore_patterns(manifest.NAME))
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:

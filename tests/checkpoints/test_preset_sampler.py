@@ -7,6 +7,7 @@ from pathlib import Path
 import keras_hub
 import pytest
 
+from kllama.checkpoints import manifest
 from kllama.checkpoints.preset import PresetCheckpoint
 from kllama.checkpoints.preset_sampler import read_sampler
 from kllama.errors import CheckpointError, UnsupportedError
@@ -40,7 +41,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    return shutil.copytree(saved, tmp_path / "preset")
+    return shutil.copytree(saved, tmp_path / "preset", ignore=shutil.ignore_patterns(manifest.NAME))
 
 
 def serialized(**changes) -> dict:

@@ -1,0 +1,97 @@
+"""Turning a checkpoint of any format into one of another, without a model in between where that is possible.
+
+The command line calls it. What reading and writing a format mean is said there: `checkpoints/` and the exports.
+"""
+
+import inspect
+import os
+from pathlib import Path
+
+from kllama.checkpoints.checkpoint import Checkpoint
+from kllama.checkpoints.formats import open_checkpoint
+from kllama.checkpoints.preset_dtype import LayerDtypes
+from kllama.errors import CheckpointError
+from kllama.models.backbone_arguments import CONFIG_NAMES, settle_arguments
+from kllama.models.export_gguf import export_gguf
+from kllama.models.export_huggingface import MAX_SHARD_SIZE, export_huggingface
+from kllama.models.exported import Exported, exported_backbone, exported_model
+from kllama.models.llama_backbone import LlamaBackbone
+from kllama.models.llama_causal_lm import LlamaCausalLM
+from kllama.text.preprocessor import LlamaCausalLMPreprocessor
+
+FORMATS = ("preset", "huggingface", "gguf")
+
+
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    to: str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: float = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    **answers,
+) -> None:
+    """Write a checkpoint in another format.
+
+    Args:
+        source: what `from_preset` takes.
+        destination: a directory, or with `to="gguf"` a file.
+        to: one of `FORMATS`.
+        dtype: of the written weights; with `to="gguf"` also `"q8_0"` and `"q4_0"`. None keeps the source's own; weights
+            that were quantised become float32.
+        max_shard_size: how much of the weights a file holds at most, in GB; a GGUF file holds all of them.
+        overwrite: whether what is at the destination is replaced.
+        **answers: arguments of `LlamaBackbone` that the files of the source cannot tell, such as `rope_scaling`.
+
+    Raises:
+        ValueError: another format, a destination that is the source or lies in it, or one that holds something.
+        CheckpointError: the source is damaged, or lacks something.
+        UnsupportedError: the source, or what the destination's format would need, is not implemented.
+        ResourceError: the disk is full or fails.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to ({to!r}) must be one of {', '.join(FORMATS)}.")
+    checkpoint = open_checkpoint(source)
+    _check_apart(checkpoint.path, Path(destination))
+    for argument, question in checkpoint.open_questions.items():
+        if argument not in answers:
+            raise CheckpointError(question)
+    if to == "preset":
+        model = _build(checkpoint, dtype, answers)
+        model.save_to_preset(str(destination), max_shard_size=max_shard_size, overwrite=overwrite)
+    elif to == "huggingface":
+        exported = _export(checkpoint, answers)
+        export_huggingface(exported, destination, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    else:
+        export_gguf(_export(checkpoint, answers), destination, dtype=dtype, overwrite=overwrite)
+
+
+def _export(checkpoint: Checkpoint, answers: dict) -> Exported:
+    """Describe a checkpoint; its weights are read while they are written, one at a time."""
+    if isinstance(checkpoint.dtype, LayerDtypes):
+        model = _build(checkpoint, None, answers)  # which knows how int8 becomes float again
+        return exported_model(model) if checkpoint.has_head else exported_backbone(model)
+    parameters = inspect.signature(LlamaBackbone.__init__).parameters
+    config = {name: parameters[name].default for name in CONFIG_NAMES} | checkpoint.backbone_config | answers
+    has_tokenizer = checkpoint.tokenizer_config is not None
+    return Exported(
+        settle_arguments({name: config[name] for name in CONFIG_NAMES}, 1, {}),
+        checkpoint.dtype,
+        checkpoint.tensors(),
+        dict(checkpoint.generation_config),
+        LlamaCausalLMPreprocessor.from_checkpoint(checkpoint) if has_tokenizer else None,
+        checkpoint.has_head,
+    )
+
+
+def _build(checkpoint: Checkpoint, dtype: str | None, answers: dict) -> LlamaCausalLM | LlamaBackbone:
+    backbone = LlamaBackbone.from_checkpoint(checkpoint, dtype=dtype, **answers)
+    return LlamaCausalLM.from_checkpoint(checkpoint, backbone=backbone) if checkpoint.has_head else backbone
+
+
+def _check_apart(source: Path, destination: Path) -> None:
+    """Refuse to write over what is read, or into it."""
+    source, destination = (Path(os.path.realpath(os.path.expanduser(path))) for path in (source, destination))
+    if destination == source or source in destination.parents or destination in source.parents:
+        raise ValueError(f"destination ({destination}) must be apart from the source ({source}).")
