@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,10 +53,21 @@ def test_the_rooms_are_the_ones_that_exist():
     assert named == {path.parent.name for path in (ROOT / "kllama").glob("*/**/*.py")}
 
 
-def test_python_blocks_run(tmp_path, assets):
+def test_python_and_command_blocks_run(tmp_path, assets):
+    """One after another, in one folder: the commands are for what the Python saved."""
     shutil.copytree(assets / "models" / "stories260K", tmp_path / "path" / "to" / "llama")
+    commands = [shlex.split(line)[1:] for block in blocks("sh")[2:] for line in block.splitlines()]
+    assert [command[0] for command in commands] == ["convert", "inspect", "verify"]
+    code = [*blocks("python"), "from kllama.cli import main", f"assert not any(map(main, {commands}))"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "\n".join(blocks("python"))]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Once upon a time") == 4
+    assert "llama.gguf: GGUF" in result.stdout and "my_stories: kllama preset" in result.stdout

@@ -119,7 +119,7 @@ def kill_savers(folder: Path, count: int, save: Callable[[int], None], check: Ca
     period = time.perf_counter() - start
     for _ in range(count):
         with forked(save_both):
-            time.sleep(rng.uniform(0, 1.5 * period))
+            time.sleep(rng.uniform(0, 4 * period))
         found["left behind"] += check_leftovers(folder)
         found[check()] += 1
     save(0)
