@@ -81,6 +81,7 @@ _IGNORED_FOR = {
     "a choice of kernel, not of maths": "attn_implementation _attn_implementation _attn_implementation_autoset "
     "_attn_implementation_internal _flash_attn_2_enabled experts_implementation _experts_implementation",
     "how the same product was split in training": "pretraining_tp chunk_size_feed_forward",
+    "how vLLM computes texts that are longer than a chunk; transformers does not": "dual_chunk_attention_config",
     "what a call returns or caches": "use_cache return_dict output_attentions output_hidden_states torchscript "
     "keys_to_ignore_at_inference",
     "another framework's storage": "use_bfloat16 tf_legacy_loss",
@@ -363,6 +364,7 @@ def _rope(config: dict, head_dim: int, max_positions: int, source: Path) -> tupl
 
     theta = rope.pop("rope_theta", 10000.0)
     _check_values({"rope_theta": theta}, {"rope_theta": _THETA}, source)
+    rope.pop("finetuned", None)  # says how the model was trained
     rotated = rope.pop("partial_rotary_factor", 1)
     if rotated != 1:
         raise UnsupportedError(f"{source}: partial_rotary_factor = {shown(rotated)}; expected 1, the whole head.")

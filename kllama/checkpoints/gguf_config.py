@@ -80,6 +80,7 @@ _FIELDS = {
 
 IGNORED = {
     "rope.scaling.finetuned": "says how the model was trained",
+    "pooling_type": "says how an embedding of a text is made of the hidden states",
     "tensor_data_layout": "says where the weights came from; the order of rows follows from the architecture",
 }
 """Keys that change no logit."""
@@ -187,8 +188,10 @@ def _head_dim(fields: Mapping, architecture: str, source: Path) -> int:
         )
     default = hidden_dim // heads
     dim = said["attention.key_length"] or default
+    # As llama.cpp has it: values do not follow the keys in their length, the part that turns does.
+    defaults = {"attention.key_length": dim, "attention.value_length": default, "rope.dimension_count": dim}
     for key, value in said.items():
-        value = default if value is None else value
+        value = defaults[key] if value is None else value
         if value != dim:
             raise UnsupportedError(f"{source}: {architecture}.{key} = {value}; expected {dim}, the length of a key.")
     if dim % 2:

@@ -27,7 +27,7 @@ from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
 EMBEDDINGS, HEAD, FIRST_QUERY = "tok_embeddings.weight", "output.weight", "layers.0.attention.wq.weight"
-IGNORED = ("rope.freqs",)  # frequencies that follow from the parameters
+IGNORED_SUFFIX = "rope.freqs"  # frequencies that follow from the parameters; those of Llama 1 are in each layer
 
 LLAMA3_VOCABULARY = 128_256
 # Meta's code stops on these whichever model it runs: <|end_of_text|>, <|eom_id|>, <|eot_id|>.
@@ -246,7 +246,7 @@ def _join_tensors(
     config: dict, shards: list[TorchArchive], directory: Path, strictness: Strictness
 ) -> dict[str, _Joined]:
     """Say how each tensor of the model is joined; the shards must hold exactly what the model needs."""
-    stored = {name: tensor for name, tensor in shards[0].tensors.items() if name not in IGNORED}
+    stored = {name: tensor for name, tensor in shards[0].tensors.items() if not name.endswith(IGNORED_SUFFIX)}
     missing = (tensor.name for tensor in expected_tensors(config, META) if tensor.name not in stored)
     missing = list(islice(missing, LISTED))
     if missing:

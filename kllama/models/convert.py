@@ -7,6 +7,8 @@ import inspect
 import os
 from pathlib import Path
 
+import keras
+
 from kllama.checkpoints.checkpoint import Checkpoint
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.checkpoints.preset_dtype import LayerDtypes
@@ -77,7 +79,7 @@ def _export(checkpoint: Checkpoint, answers: dict) -> Exported:
     has_tokenizer = checkpoint.tokenizer_config is not None
     return Exported(
         settle_arguments({name: config[name] for name in CONFIG_NAMES}, 1, {}),
-        checkpoint.dtype,
+        keras.dtype_policies.get(checkpoint.dtype).variable_dtype,  # of a preset it may be a mixed policy
         checkpoint.tensors(),
         dict(checkpoint.generation_config),
         LlamaCausalLMPreprocessor.from_checkpoint(checkpoint) if has_tokenizer else None,

@@ -191,11 +191,19 @@ def test_the_arguments_are_those_of_the_backbone():
         {"architectures": None},
         {"architectures": ["LlamaModel"]},
         {"architectures": ["LLaMAForCausalLM"]},
+        {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
     ],
     ids=str,
 )
 def test_ignored_keys_change_nothing(changes):
     assert parse(**changes) == parse()
+
+
+@pytest.mark.parametrize("finetuned", [True, False])
+def test_how_a_scaled_rope_was_trained_is_ignored(finetuned):
+    scaling = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128}
+    assert parse(rope_scaling={**scaling, "finetuned": finetuned}) == parse(rope_scaling=scaling)
+    assert parse(rope_scaling={"type": "default", "finetuned": finetuned})["rope_scaling"] is None
 
 
 def test_auto_map_is_reported(caplog):

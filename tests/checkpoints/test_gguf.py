@@ -178,12 +178,17 @@ def test_a_model_in_parts(write):
         ({"attention.sliding_window": 0}, "sliding_window", None),
         ({"vocab_size": 40, "tensor_data_layout": "Meta AI original pth"}, "vocabulary_size", 40),
         ({"expert_count": 0, "attention.causal": True, "rope.scaling.finetuned": False}, "qk_norm", False),
+        ({"pooling_type": 3}, "qk_norm", False),
+        # as in the files of Qwen3: all of a key turns, however long it is
+        ({"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": None}, "head_dim", 16),
     ],
 )
 def test_keys(write, keys, argument, value):
     tensors = TENSORS
     if keys.get("attention.head_count_kv", 2) is None:
         tensors, _ = random_tensors(num_key_value_heads=4)
+    if value == 16 and argument == "head_dim":
+        tensors, _ = random_tensors(head_dim=16)
     assert GgufCheckpoint(write(keys, tensors)).backbone_config[argument] == value
 
 

@@ -182,6 +182,14 @@ def test_stored_dtype_stays(tmp_path, dtype):
     np.testing.assert_array_equal(dict(checkpoint.tensors())["sequence_output_layernorm/scale"], expected, strict=True)
 
 
+@pytest.mark.parametrize("name", ["rope.freqs", "layers.1.attention.inner_attention.rope.freqs"])
+def test_frequencies_are_ignored(tmp_path, name):
+    """Those of Llama 1 are in each layer."""
+    tensors = random_tensors()
+    shards = [{**shard, name: np.ones(2, "float32")} for shard in split(tensors, 2)]
+    assert_holds(MetaCheckpoint(write(tmp_path / "model", shards)), in_kllama(tensors))
+
+
 def test_heads_that_shards_share(tmp_path):
     """Sixteen shards of the model of 405B have eight heads between them; here four have two."""
     tensors = random_tensors()

@@ -46,6 +46,7 @@ _DEEPSEEK_CODER = sequence(
     "pretokenizers",
 )
 _LLAMA3 = PreTokenizer(_split_by(LLAMA3), ignore_merges=True, adds_start_token=True)
+_QWEN2 = PreTokenizer(_split_by(QWEN2), normalizer={"type": "NFC"})
 
 # Those of the tokenizers that the names are of. llama.cpp does the same but for Qwen2, whose NFC it leaves out.
 # "default" is not among them: it is what a converter wrote that did not know the tokenizer.
@@ -55,7 +56,8 @@ PRE_TOKENIZERS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "smaug-bpe": PreTokenizer(_split_by(LLAMA3)),
-    "qwen2": PreTokenizer(_split_by(QWEN2), normalizer={"type": "NFC"}),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,  # differs in its special tokens alone
     "tekken": PreTokenizer(_split_by(TEKKEN), ignore_merges=True, adds_start_token=True),
     "smollm": PreTokenizer(_DIGITS),
     "starcoder": PreTokenizer(_DIGITS),

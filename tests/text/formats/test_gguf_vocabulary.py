@@ -135,6 +135,7 @@ def test_a_converted_tokenizer_gives_its_ids(assets, golden, random_texts, write
 SAMPLE = "I'M don't 1234  é日本!\n\n x_y"
 LLAMA3 = ["I", "'M", " don", "'t", " ", "123", "4", " ", " é日本", "!\n\n", " x", "_y"]
 GPT2 = ["I", "'", "M", " don", "'t", " 1234", " ", " é日本", "!", "\n\n", " x", "_", "y"]
+QWEN2 = ["I", "'M", " don", "'t", " ", "1", "2", "3", "4", " ", " é日本", "!\n\n", " x", "_y"]
 DIGITS = ["I", "'", "M", " don", "'t", " ", "1", "2", "3", "4", " ", " é日本", "!", "\n\n", " x", "_", "y"]
 SPLITS = {
     "gpt-2": GPT2,
@@ -142,8 +143,9 @@ SPLITS = {
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
     "smaug-bpe": LLAMA3,
-    "qwen2": ["I", "'M", " don", "'t", " ", "1", "2", "3", "4", " ", " é日本", "!\n\n", " x", "_y"],
-    "tekken": ["I", "'M", " don", "'t", " ", "1", "2", "3", "4", " ", " é日本", "!\n\n", " x", "_y"],
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "tekken": QWEN2,
     "smollm": DIGITS,
     "starcoder": DIGITS,
     "refact": DIGITS,
