@@ -1,8 +1,9 @@
 """Time loading a checkpoint and computing its first logits, kllama beside KerasHub and transformers, in one run.
 
-    python benchmarks/loading.py path/to/checkpoint [--keras-hub-preset path/to/preset]
+    python benchmarks/loading.py path/to/checkpoint [--preset path/to/preset]
 
-The checkpoint is a Hugging Face directory. Each measurement is a process of its own: it imports its library first, then
+The checkpoint is a Hugging Face directory, the preset the same model as kllama saved it (KerasHub 0.32 cannot load what
+it saved of a tied model). Each measurement is a process of its own: it imports its library first, then
 notes time and memory, loads the model in float32 without a tokenizer, and computes the logits of eight ids. The sides
 take turns, and the median of the rounds counts. Memory is the highest that the process ever had, above what it had
 after the imports, as a multiple of the weights.
@@ -23,20 +24,22 @@ BACKENDS = ("jax", "tensorflow", "torch")
 # What a process runs: `load` is timed with the first logits, everything before it is not.
 _SIDES = {
     "kllama": """
-import kllama
+import keras, kllama
+kllama.LlamaCausalLM  # which imports the rest
 def load(path):
     model = kllama.LlamaCausalLM.from_preset(path, dtype="float32", preprocessor=None)
-    return lambda ids: model({"token_ids": ids, "padding_mask": None})
+    return lambda ids: keras.ops.convert_to_numpy(model({"token_ids": ids, "padding_mask": None}))
 """,
     "KerasHub": """
-import keras_hub, numpy
+import keras, keras_hub, numpy
 def load(path):
     backbone = keras_hub.models.LlamaBackbone.from_preset(path, dtype="float32")
     model = keras_hub.models.LlamaCausalLM(backbone)
-    return lambda ids: model({"token_ids": ids, "padding_mask": numpy.ones_like(ids)})
+    return lambda ids: keras.ops.convert_to_numpy(model({"token_ids": ids, "padding_mask": numpy.ones_like(ids)}))
 """,
     "transformers": """
 import torch, transformers
+transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # which imports the rest
 def load(path):
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     def call(ids):
@@ -62,18 +65,15 @@ def main() -> None:
     """Measure every side, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face directory")
-    parser.add_argument("--keras-hub-preset", type=Path, help="the same model as a preset of KerasHub")
-    parser.add_argument("--kllama-preset", type=Path, help="the same model as a preset of kllama")
+    parser.add_argument("--preset", type=Path, help="the same model as a preset of kllama")
     parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results to this file, too")
     arguments = parser.parse_args()
     runs = {(name, "Hugging Face", backend): arguments.checkpoint for backend in arguments.backends for name in _SIDES}
     runs = {key: path for key, path in runs.items() if key[0] != "transformers" or key[2] == arguments.backends[0]}
-    presets = {"kllama": arguments.kllama_preset, "KerasHub": arguments.keras_hub_preset}
-    for name, path in presets.items():
-        if path is not None:
-            runs |= {(name, "its own preset", backend): path for backend in arguments.backends}
+    if arguments.preset is not None:
+        runs |= {("kllama", "its own preset", backend): arguments.preset for backend in arguments.backends}
 
     results = {key: [] for key in runs}
     for _ in range(arguments.rounds):

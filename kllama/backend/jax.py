@@ -1,6 +1,7 @@
 """The primitives on JAX."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ __all__ = [
     "keep_variables",
     "matmul_float32",
     "maximum",
+    "one_program",
     "reduce_max",
     "reshape",
     "rms_normalize",
@@ -34,6 +36,15 @@ __all__ = [
 
 cos, sin, where, maximum, reshape = jnp.cos, jnp.sin, jnp.where, jnp.maximum, jnp.reshape
 einsum, softmax, reduce_max = jnp.einsum, jax.nn.softmax, jnp.max
+
+
+def one_program(*static: str):
+    """Make of a function of arrays one program, where the framework would compile each of its operations.
+
+    Args:
+        *static: the names of its arguments that are no arrays.
+    """
+    return functools.partial(jax.jit, static_argnames=static, inline=True)
 
 
 def cast(x, dtype):
@@ -63,6 +74,7 @@ def concatenate(tensors, axis: int):
     return jnp.concatenate(tensors, axis)
 
 
+@one_program("function")
 def apply_in_float32(function, x):
     """Give the float32 result of an elementwise function in x's dtype."""
     return function(x.astype("float32")).astype(x.dtype)
@@ -74,11 +86,16 @@ def rms_normalize(x, epsilon: float):
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + epsilon)
 
 
-def matmul_float32(x, kernel):
-    """Multiply (..., D) by (D, V), accumulated and returned in float32."""
-    return jnp.matmul(x, kernel, preferred_element_type="float32")
+def matmul_float32(x, kernel, transpose: bool = False):
+    """Multiply (..., D) by (D, V), or by the transpose of (V, D), accumulated and returned in float32.
+
+    The transpose itself is not made: of an embedding table, it would be one of the largest arrays of a model.
+    """
+    axes = (((x.ndim - 1,), (int(transpose),)), ((), ()))
+    return jax.lax.dot_general(x, kernel, axes, preferred_element_type="float32")
 
 
+@one_program("is_causal")
 def fused_attention(query, key, value, mask=None, is_causal: bool = False):
     """Attend with grouped heads: (B, T, N, H), (B, S, K, H), (B, S, K, H) -> (B, T, N, H), scaled by H ** -0.5."""
     if query.dtype == "float16" and jax.default_backend() == "cpu":

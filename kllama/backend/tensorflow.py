@@ -19,6 +19,7 @@ __all__ = [
     "keep_variables",
     "matmul_float32",
     "maximum",
+    "one_program",
     "reduce_max",
     "reshape",
     "rms_normalize",
@@ -37,6 +38,12 @@ reduce_max = tf.reduce_max
 # TensorFlow has no fused attention with grouped heads (and `keras.ops.dot_product_attention` fails on one key/value
 # head), so `core/attention.py` takes its own path here.
 fused_attention = None
+
+
+def one_program(*static: str):
+    """Leave a function as it is: operations that run one by one are compiled already."""
+    del static
+    return lambda function: function
 
 
 def constant(array: np.ndarray, like):
@@ -68,10 +75,13 @@ def rms_normalize(x, epsilon: float):
     return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + epsilon)
 
 
-def matmul_float32(x, kernel):
-    """Multiply (..., D) by (D, V), accumulated in float32 and returned in float32."""
+def matmul_float32(x, kernel, transpose: bool = False):
+    """Multiply (..., D) by (D, V), or by the transpose of (V, D), accumulated and returned in float32.
+
+    The transpose itself is not made: of an embedding table, it would be one of the largest arrays of a model.
+    """
     # Rounded once to a half-precision x's dtype before it is widened; a wider result type has no gradient here.
-    return tf.cast(tf.matmul(x, kernel), "float32")
+    return tf.cast(tf.matmul(x, kernel, transpose_b=transpose), "float32")
 
 
 def concrete(x) -> np.ndarray | None:

@@ -20,6 +20,7 @@ __all__ = [
     "keep_variables",
     "matmul_float32",
     "maximum",
+    "one_program",
     "reduce_max",
     "reshape",
     "rms_normalize",
@@ -33,6 +34,12 @@ __all__ = [
 
 cos, sin, where, einsum, reshape = torch.cos, torch.sin, torch.where, torch.einsum, torch.reshape
 reduce_max = torch.amax
+
+
+def one_program(*static: str):
+    """Leave a function as it is: operations that run one by one are compiled already."""
+    del static
+    return lambda function: function
 
 
 def cast(x, dtype):
@@ -80,11 +87,14 @@ def rms_normalize(x, epsilon: float):
     return F.rms_norm(x.float(), x.shape[-1:], eps=epsilon)
 
 
-def matmul_float32(x, kernel):
-    """Multiply (..., D) by (D, V), accumulated in float32 and returned in float32."""
+def matmul_float32(x, kernel, transpose: bool = False):
+    """Multiply (..., D) by (D, V), or by the transpose of (V, D), accumulated and returned in float32.
+
+    The transpose itself is not made: of an embedding table, it would be one of the largest arrays of a model.
+    """
     # A half-precision product is rounded once before it is widened, as in transformers: PyTorch's CPU matmul has no
     # wider result type, and widening the (D, V) kernel instead would copy the largest matrix of the model.
-    return torch.matmul(x, kernel).float()
+    return torch.matmul(x, kernel.T if transpose else kernel).float()
 
 
 def fused_attention(query, key, value, mask=None, is_causal: bool = False):

@@ -357,7 +357,7 @@ def _rope(config: dict, head_dim: int, max_positions: int, source: Path) -> tupl
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
         raise UnsupportedError(
-            f"{source}: {field} is nested by layer type ({listed(nested)}); expected one for all layers."
+            f"{source}: {field} is nested by layer type ({listed(map(shown, nested))}); expected one for all layers."
         )
     beside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     rope = {**_without_null(beside), **_without_null(rope)}

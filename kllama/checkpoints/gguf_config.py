@@ -16,6 +16,7 @@ from kllama.checkpoints.reader import listed, shown
 from kllama.errors import CheckpointError, UnsupportedError
 
 _REQUIRED = object()
+_SHOWN = 100  # values of an array: more than a message has room for
 _BLOCKS = 2  # the layout of quantised blocks that all files of this format have had so far
 
 
@@ -230,7 +231,8 @@ def _shortest(value: object) -> object:
 
 
 def _plain(value: object) -> object:
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    """Return a value as Python has it; of an array, which is wrong wherever this is asked, no more than is shown."""
+    return value[:_SHOWN].tolist() if isinstance(value, np.ndarray) else value
 
 
 def _text(value: object) -> str:

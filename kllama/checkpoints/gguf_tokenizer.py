@@ -18,7 +18,7 @@ MODEL, TOKENS = "tokenizer.ggml.model", "tokenizer.ggml.tokens"
 SCORES, KINDS, MERGES = "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
 ADD_START = "tokenizer.ggml.add_bos_token"
 SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
-_NO_TOKENIZER = (None, "none", "no_vocab")
+_NO_TOKENIZER = ("none", "no_vocab")
 _TEMPLATE = "tokenizer.chat_template"
 _STOPS = ("eos", "eot", "eom")
 
@@ -42,7 +42,8 @@ class GgufTokenizer:
         self.tokenizer_config, self.backbone_config = None, {}
         self.preprocessor_config, self.stop_token_ids = {}, []
         metadata = file.metadata
-        if metadata.get(MODEL) in _NO_TOKENIZER or TOKENS not in metadata:
+        kind = metadata.get(MODEL)
+        if kind is None or (isinstance(kind, str) and kind in _NO_TOKENIZER) or TOKENS not in metadata:
             return
         tokens = checked_tokens(metadata, self.path)
         ids = {name: token_id(metadata, name, self.path) for name in ("bos", "padding", *_STOPS)}

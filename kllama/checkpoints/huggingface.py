@@ -118,7 +118,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _read_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         if self.backbone_config["tie_word_embeddings"] and HEAD in self._stored and self._strictness.unused:
-            _check_equal(self._stored[EMBEDDINGS], self._stored[HEAD])
+            _check_equal(self._stored[EMBEDDINGS], self._stored[HEAD], self._strictness.check_finite)
         for tensor in expected_tensors(self.backbone_config):
             stored = self._stored[tensor.name]
             array = stored.read(self._strictness.check_finite)
@@ -228,16 +228,18 @@ def _check_index(index: Path, weight_map: dict[str, str], stored: dict[str, _Sto
 
 
 def _count_bytes(stored: dict[str, _Stored]) -> Counter:
-    """Count the bytes of each type; a tensor that is not stored as one of `FLOAT_DTYPES` was refused before."""
+    """Count the bytes of each type; what is not stored as one of `FLOAT_DTYPES` is no weight of the model."""
     counts = Counter()
     for place in stored.values():
-        counts[FLOAT_DTYPES[place.entry.dtype].name] += place.entry.num_bytes
+        if place.entry.dtype in FLOAT_DTYPES:
+            counts[FLOAT_DTYPES[place.entry.dtype].name] += place.entry.num_bytes
     return counts
 
 
 def _check_tensors(config: dict, stored: dict[str, _Stored], directory: Path, strictness: Strictness) -> None:
     """Compare what the configuration needs with what the files hold: dtypes, the exact set of names, shapes."""
-    _check_dtypes(stored, directory)
+    if strictness.unused:  # else only those that are used count, which are known further down
+        _check_dtypes(stored, directory)
     _check_bytes(config, stored, directory)
     # Lazily: at most ten missing names are looked for, however many layers the configuration claims.
     missing = (tensor.name for tensor in expected_tensors(config) if tensor.name not in stored)
@@ -251,6 +253,7 @@ def _check_tensors(config: dict, stored: dict[str, _Stored], directory: Path, st
     if unexpected:
         names = listed(shown(stored[name].name) for name in unexpected)
         strictness.refuse_unused(f"{directory}: tensors that the configuration does not use: {names}.")
+    _check_dtypes({name: place for name, place in stored.items() if name in expected}, directory)
     _check_shapes(expected, stored, directory, strictness)
 
 
@@ -302,9 +305,9 @@ def _is_padded(shape: tuple[int, ...], expected: tuple[int, ...], name: str) -> 
     return name in (EMBEDDINGS, HEAD) and shape[1:] == expected[1:] and len(shape) == 2 and shape[0] > expected[0]
 
 
-def _check_equal(embeddings: _Stored, head: _Stored) -> None:
-    first, second = embeddings.read(), head.read()
-    if not np.array_equal(first, second):
+def _check_equal(embeddings: _Stored, head: _Stored, must_be_finite: bool) -> None:
+    first, second = embeddings.read(must_be_finite), head.read(must_be_finite)
+    if not np.array_equal(first, second, equal_nan=not must_be_finite):
         difference = np.max(np.abs(first.astype(np.float32) - second.astype(np.float32)))
         raise CheckpointError(
             f"{head.file.path}: tie_word_embeddings is true, but {HEAD} and {EMBEDDINGS} are both present and differ "

@@ -26,6 +26,7 @@ LISTED = 10
 FLOAT_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LARGEST_HEADER = 100_000_000  # bytes: the library refuses more
 _LONGEST_INTEGER = 64  # digits; tokenizer_config.json writes "no limit" as an integer of 31
 # A string (closed or not, so that the scan stays linear) or one bracket.
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
@@ -192,12 +193,16 @@ class SafetensorsFile:
         self.path = path
         check_file(path)
         _refuse_placeholder(path, _read_bytes(path, 0, 512))
+        header_size = min(int.from_bytes(_read_bytes(path, 0, 8), "little"), _LARGEST_HEADER)
+        head = _read_bytes(path, 0, 8 + header_size)
         try:
             with safe_open(path, framework="numpy"):
-                header_size = int.from_bytes(_read_bytes(path, 0, 8), "little")
+                is_checked = head == _read_bytes(path, 0, 8 + header_size)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a complete safetensors file ({error}). Download it again.") from error
-        header = json.loads(_read_bytes(path, 8, header_size), object_pairs_hook=lambda pairs: _object(path, pairs))
+        if not is_checked:  # by the library, which reads the file itself
+            raise CheckpointError(f"{path}: the file changed while it was opened. Open it again.")
+        header = json.loads(head[8:], object_pairs_hook=lambda pairs: _object(path, pairs))
         header.pop("__metadata__", None)
         self.tensors = {name: self._stored_tensor(name, entry, 8 + header_size) for name, entry in header.items()}
 
@@ -274,7 +279,8 @@ def _object(path: Path, pairs: list[tuple[str, object]]) -> dict:
         if key in content:
             raise CheckpointError(f"{path}: the key {shown(key)} stands twice in one object.")
         if not _is_finite(value):
-            raise CheckpointError(f"{path}: {key} = {shown(value)}; expected finite numbers.")
+            name = shown(key).strip('"')  # on one line, whatever is in it
+            raise CheckpointError(f"{path}: {name} = {shown(value)}; expected finite numbers.")
         content[key] = value
     return content
 

@@ -7,7 +7,7 @@ import click
 
 from kllama.cli.backend_choice import BACKENDS, choose_backend, use_backend
 from kllama.cli.failures import Settings, debug_option
-from kllama.cli.terminal import native_stderr_hidden, print_notice
+from kllama.cli.terminal import native_stderr_hidden, print_notice, warnings_as_notices
 
 # What `kllama.models.convert` has, which must not be imported before the backend is chosen.
 FORMATS = ("preset", "huggingface", "gguf")
@@ -23,7 +23,11 @@ DTYPES = ("float32", "bfloat16", "float16", "q8_0", "q4_0")
     help="What to write. [default: gguf for a DESTINATION that ends in .gguf]",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; q8_0 and q4_0 for gguf. [default: as SOURCE]")
-@click.option("--rope-factor", type=click.FloatRange(min=1), help="The position scaling of Meta's Llama 3.1 and later.")
+@click.option(
+    "--rope-factor",
+    type=click.FloatRange(min=1),
+    help="The position scaling, where Meta's files do not tell it: 8 for Llama 3.1 and 3.3, 32 for 3.2.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is at DESTINATION.")
 @click.option("--backend", type=click.Choice(BACKENDS), help="What builds the model of a preset.")
 @click.option("--quiet", is_flag=True, help="Write nothing on stderr unless something goes wrong.")
@@ -49,7 +53,7 @@ def command(settings: Settings, source, destination, to, dtype, rope_factor, ove
         from kllama.checkpoints.meta_params import llama3_scaling
         from kllama.models.convert import convert
     answers = {} if rope_factor is None else {"rope_scaling": llama3_scaling(rope_factor)}
-    with progress.quiet() if quiet else nullcontext():
+    with progress.quiet() if quiet else nullcontext(), warnings_as_notices():
         convert(source, destination, to, dtype=dtype, overwrite=overwrite, **answers)
     if not quiet:
         print_notice(f"wrote {destination}")

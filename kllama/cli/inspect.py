@@ -8,7 +8,7 @@ import click
 
 from kllama.cli.backend_choice import choose_backend, use_backend
 from kllama.cli.failures import Settings, debug_option
-from kllama.cli.terminal import native_stderr_hidden, print_text
+from kllama.cli.terminal import escape_controls, native_stderr_hidden, print_text
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 # What the tables call an argument of the backbone; the others are shown where they are not what Llama has.
@@ -88,7 +88,7 @@ def render(summary: dict) -> str:
     memory = [("", *summary["memory"]["run"])]
     memory += [(task, *map(size_text, sizes.values())) for task, sizes in summary["memory"].items()]
     parts = [
-        f"{summary['path']}: {summary['format']}",
+        f"{_one_line(summary['path'])}: {summary['format']}",
         _table("Architecture", _architecture_rows(summary["architecture"])),
         _table("Parameters", parameters, right=(1, 2)),
         _table("Tokenizer", _tokenizer_rows(summary["tokenizer"], summary["generation"])),
@@ -110,10 +110,12 @@ def size_text(num_bytes: int) -> str:
 
 
 def _architecture_rows(architecture: dict) -> list[tuple[str, str]]:
-    rows = [(label, _value_text(architecture[name])) for name, label in _SIZES.items()]
+    has_head = architecture["has_head"]
+    names = [name for name in _SIZES if has_head or name != "tie_word_embeddings"]
+    rows = [(_SIZES[name], _value_text(architecture[name])) for name in names]
     unusual = [name for name, usual in _USUAL.items() if architecture.get(name, usual) != usual]
     rows += [(name.replace("_", " "), _value_text(architecture[name])) for name in unusual]
-    return rows if architecture["has_head"] else [*rows, ("head", "none: a base model")]
+    return rows if has_head else [*rows, ("head", "none: a base model")]
 
 
 def _value_text(value: object) -> str:
@@ -145,6 +147,7 @@ def _tokenizer_rows(tokenizer: dict | None, generation: dict) -> list[tuple[str,
 
 def _table(title: str, rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
     """Write rows under a title, in columns; those of `right` end at their right."""
+    rows = [tuple(map(_one_line, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -154,3 +157,8 @@ def _table(title: str, rows: list[tuple[str, ...]], right: tuple[int, ...] = ())
         for row in rows
     ]
     return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+
+
+def _one_line(text: str) -> str:
+    """Write line ends and tabs as text, too: a token of a file might be a line that looks like ours."""
+    return escape_controls(text).replace("\n", "\\n").replace("\t", "\\t")

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,14 @@ def print_notice(text: str) -> None:
     """Print `kllama: <text>` on stderr, as one line whatever the text holds."""
     line = re.sub(r"\s*\n\s*", " ", text.strip())
     click.echo(f"kllama: {escape_controls(line)}", err=True)
+
+
+@contextmanager
+def warnings_as_notices() -> Iterator[None]:
+    """Print warnings inside the block as notices: the line of code that warns says nothing on a command line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print_notice(f"warning: {message}")
+        yield
 
 
 @contextmanager

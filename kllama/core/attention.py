@@ -29,6 +29,7 @@ def attention(x, query: Callable, key: Callable, value: Callable, output: Callab
     return output(context), memory
 
 
+@backend.one_program()
 def rotate(x, cos, sin):
     """Turn the pairs (i, i + H / 2) of each head by the angles of their positions.
 

@@ -63,6 +63,7 @@ def cached_causal_mask(queries, num_slots, start, window: int | None = None):
     return _visible(positions, backend.arange(num_slots, queries), window)[None, None]
 
 
+@backend.one_program("window")
 def _visible(queries, keys, window: int | None):
     """Tell which keys come no later than a query, and no more than a window before: bool (T, S), from positions."""
     visible = keys[None, :] <= queries[:, None]

@@ -3,6 +3,7 @@
 from kllama import backend
 
 
+@backend.one_program("epsilon")
 def rms_norm(x, scale, epsilon: float):
     """Normalize by the root mean square: `x / sqrt(mean(x ** 2) + epsilon) * scale`.
 

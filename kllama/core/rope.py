@@ -151,6 +151,7 @@ class RotaryFrequencies:
         return magnitude(1)
 
 
+@backend.one_program("attention_factor", "dtype")
 def rotary_tables(positions, frequencies, attention_factor: float, dtype) -> tuple:
     """Compute the cosines and sines of all angles of a call.
 

@@ -86,9 +86,10 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
     def call(self, inputs, reverse=False):
         if not reverse:
             return super().call(inputs)
-        head = keras.ops.transpose(self.embeddings) if self.tie_weights else self.reverse_embeddings.value
+        head = self.embeddings if self.tie_weights else self.reverse_embeddings.value
         # Keras' embedding layers switch off the automatic cast of their weights.
-        return backend.matmul_float32(inputs, backend.cast(head, inputs.dtype))
+        head = backend.cast(keras.ops.convert_to_tensor(head), inputs.dtype)
+        return backend.matmul_float32(inputs, head, transpose=self.tie_weights)
 
     def quantize(self, mode=None, type_check=True, config=None):
         """Quantise the table and an untied head; as in `keras.layers.ReversibleEmbedding`, which refuses subclasses."""

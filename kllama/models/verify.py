@@ -26,8 +26,9 @@ def verify_checkpoint(handle: str | os.PathLike) -> list[str]:
     checkpoint = open_checkpoint(handle, Strictness(verify=False))
     lines = [f"{checkpoint.path}: {checkpoint.format}"]
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if manifest.read(directory) is None:
-        lines.append(f"no {manifest.NAME}: a changed number that is still a number would not be noticed")
+    saved = manifest.read(directory)
+    if saved is None or (directory != checkpoint.path and checkpoint.path.name not in saved):
+        lines.append(f"no {manifest.NAME} lists it: a changed number that is still a number would not be noticed")
     else:
         files = manifest.verify(directory)
         lines.append(f"{len(files)} files, {sum(size for _, size in files):,} bytes: size and SHA-256 as saved")

@@ -206,6 +206,11 @@ def test_how_a_scaled_rope_was_trained_is_ignored(finetuned):
     assert parse(rope_scaling={"type": "default", "finetuned": finetuned})["rope_scaling"] is None
 
 
+def test_names_from_the_file_stay_on_one_line():
+    with refuses(UnsupportedError, '("a\\nb")'):
+        parse(rope_parameters={"a\nb": {}})
+
+
 def test_auto_map_is_reported(caplog):
     with caplog.at_level("INFO"):
         parse(auto_map={"AutoModel": "evil.Evil"})

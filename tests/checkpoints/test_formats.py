@@ -169,7 +169,7 @@ def test_an_empty_handle(saved, monkeypatch):
 )
 def test_nothing_there(handle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with refuses(MissingFileError, "stories_1m_en", "preset directory", "Hugging Face directory") as caught:
+    with refuses(MissingFileError, "stories_1m_en", "kllama preset", "Hugging Face Llama") as caught:
         open_checkpoint(handle)
     assert str(caught.value).startswith(f"{handle}: no such preset")
     assert caught.value.filename == handle
@@ -187,11 +187,20 @@ def test_hubs(handle):
         open_checkpoint(handle)
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF\3\0\0\0", b"{}"])
-def test_a_file(tmp_path, content):
-    (tmp_path / "model.gguf").write_bytes(content)
-    with refuses(UnsupportedError, tmp_path / "model.gguf", "expected a directory"):
-        open_checkpoint(tmp_path / "model.gguf")
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("model", b"", UnsupportedError, "expected a directory"),
+        ("model", b"{}", UnsupportedError, "expected a directory"),
+        ("model", b"GGUF\3\0\0\0", CheckpointError, "number of tensors"),
+        ("model.gguf", b"", CheckpointError, "the file is empty"),
+        ("model.gguf", b"{}", CheckpointError, "first bytes"),
+    ],
+)
+def test_a_file(tmp_path, name, content, error, message):
+    (tmp_path / name).write_bytes(content)
+    with refuses(error, tmp_path / name, message):
+        open_checkpoint(tmp_path / name)
 
 
 def test_a_pipe(tmp_path):

@@ -1,7 +1,9 @@
 """GGUF checkpoints: real files, files that llama.cpp's library writes, and what is refused."""
 
 import logging
+import struct
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,8 +13,18 @@ from kllama.checkpoints.gguf import GgufCheckpoint, is_gguf
 from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
 from kllama.core.rope import RotaryFrequencies
 from kllama.errors import CheckpointError, KllamaError, MissingFileError, UnsupportedError
+from kllama.text.tokenizer import LlamaTokenizer
 from tests.checkpoints.damage import refuses
-from tests.checkpoints.gguf_files import CONFIG, KEYS, SENTENCEPIECE, SlowReader, random_tensors, write_model
+from tests.checkpoints.gguf_files import (
+    ARRAY,
+    CONFIG,
+    KEYS,
+    SENTENCEPIECE,
+    SlowReader,
+    gguf,
+    random_tensors,
+    write_model,
+)
 from tests.checkpoints.mutation import mutate
 
 pytestmark = pytest.mark.backend_independent
@@ -236,6 +248,26 @@ def test_wrong_keys(write, keys, error, message):
 def test_files_of_other_kinds(write, entries, message):
     with refuses(UnsupportedError, message):
         GgufCheckpoint(write(entries=entries))
+
+
+def test_a_long_array_in_a_numbers_place_costs_no_more_than_its_bytes(tmp_path):
+    count = 2**20
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf({"general.type": struct.pack("<IIQ", ARRAY, 0, count) + bytes(count)}))
+    tracemalloc.start()
+    try:
+        with refuses(UnsupportedError, "general.type = [0, 0, 0"):
+            GgufCheckpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * count
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("model", [[1, 2], ["llama"], True])
+def test_a_kind_of_tokenizer_that_is_no_text_is_refused(write, model):
+    path = write(entries={**SENTENCEPIECE, "tokenizer.ggml.model": model})
+    with refuses(UnsupportedError, "model.gguf", "tokenizer.ggml.model"):
+        LlamaTokenizer.from_preset(path)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "bert", "mistral", "qwen2moe"])

@@ -460,11 +460,12 @@ def test_tensors_that_do_not_fit(folder, change, error, parts, sharded):
     ("change", "parts"),
     [
         (_tensors(extra=np.ones(3, "float32")), ["does not use", '"extra"']),
+        (_tensors(extra=np.ones(3, "int64")), ["does not use", '"extra"']),
         (lambda f: change_config(f, num_hidden_layers=1), ["does not use", "model.layers.1.mlp.up_proj"]),
         (lambda f: change_config(f, vocab_size=13), [EMBEDDINGS, "16 rows", "vocab_size = 13"]),
         (lambda f: change_config(f, tie_word_embeddings=True), []),
     ],
-    ids=["extra", "fewer layers", "padded", "tied with another head"],
+    ids=["extra", "extra integers", "fewer layers", "padded", "tied with another head"],
 )
 def test_what_is_left_over_may_pass(folder, caplog, change, parts, sharded):
     sound = dict(HuggingFaceCheckpoint(folder).tensors())
@@ -485,6 +486,16 @@ def test_values_that_are_not_finite_may_pass(folder):
         dict(HuggingFaceCheckpoint(folder).tensors())
     norm = dict(HuggingFaceCheckpoint(folder, Strictness(check_finite=False)).tensors())
     assert np.isnan(norm["sequence_output_layernorm/scale"][1])
+
+
+def test_a_tied_copy_that_is_not_finite_may_pass(folder):
+    change_config(folder, tie_word_embeddings=True)
+    change_tensors(folder, lambda t: t[EMBEDDINGS].__setitem__((0, 0), np.nan))
+    change_tensors(folder, lambda t: t.update({HEAD: t[EMBEDDINGS].copy()}))
+    tensors = dict(HuggingFaceCheckpoint(folder, Strictness(check_finite=False)).tensors())
+    assert np.isnan(tensors["token_embedding/embeddings"][0, 0])
+    with refuses(CheckpointError, "NaN or infinity in 1"):
+        dict(HuggingFaceCheckpoint(folder).tensors())
 
 
 def save_archives(folder: Path, dtype: str, num_shards: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kllama.checkpoints.reader import (
@@ -51,6 +52,7 @@ def refuses(path: Path, *parts: str, error: type = CheckpointError):
         (b'{"rope_theta": -Infinity}', ["rope_theta", "-Infinity", "finite"]),
         (b'{"rope_theta": 1e999}', ["rope_theta", "finite"]),
         (b'{"a": [1, [2, NaN]]}', ["a =", "finite"]),
+        (b'{"a\\nb": NaN}', ["a\\nb = NaN"]),
         (b'{"a": ' + b"9" * 5000 + b"}", ["a =", "finite"]),
         (LFS_POINTER, ["Git LFS pointer", "sha256:0123abcd", "git lfs pull"]),
     ],
@@ -259,6 +261,17 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(LFS_POINTER)
     with refuses(path, "Git LFS pointer", "sha256:0123abcd"):
+        SafetensorsFile(path)
+
+
+def test_a_file_that_changes_while_it_is_opened_is_refused(path, monkeypatch):
+    def change_behind(path, framework):
+        opened = safe_open(path, framework)
+        path.write_bytes(_file('{"a": 1}'))
+        return opened
+
+    monkeypatch.setattr("kllama.checkpoints.reader.safe_open", change_behind)
+    with refuses(path, "changed while it was opened"):
         SafetensorsFile(path)
 
 

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from kllama import LlamaBackbone, LlamaCausalLM
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.cli import main
 from kllama.cli.convert import FORMATS
@@ -104,6 +105,46 @@ class TestConvert:
         assert run(capsys, "convert", source, tmp_path / "out", "--to", "huggingface", "--rope-factor", 32)[0] == 0
         assert open_checkpoint(tmp_path / "out").backbone_config["rope_scaling"]["factor"] == 32.0
 
+    @pytest.mark.parametrize("to", FORMATS)
+    def test_a_factor_that_nobody_asked_for_is_refused(self, assets, tmp_path, capsys, to):
+        code, _, err = run(capsys, "convert", assets / GGUF, tmp_path / "out", "--to", to, "--rope-factor", 8)
+        assert code == 2 and "rope_scaling" in err and "must be left out" in err
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+    def test_a_preset_of_a_mixed_policy_has_float32_weights(self, assets, tmp_path, policy):
+        LlamaCausalLM.from_preset(assets / HUGGING_FACE, dtype=policy).save_to_preset(tmp_path / "mixed")
+        for to in ("huggingface", "gguf"):
+            conversion.convert(tmp_path / "mixed", tmp_path / to, to)
+            assert open_checkpoint(tmp_path / to).stored_bytes.keys() == {"float32"}
+
+    @pytest.mark.parametrize("to", ["huggingface", "preset"])
+    def test_a_base_model_keeps_its_tokenizer_and_gets_no_head(self, assets, tmp_path, capsys, to):
+        source = shutil.copytree(assets / HUGGING_FACE, tmp_path / "base", ignore=shutil.ignore_patterns("llama2c"))
+        config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (source / "config.json").write_text(json.dumps(config))
+        code, _, err = run(capsys, "convert", source, tmp_path / "out", "--to", to)
+        assert code == 0
+        given = open_checkpoint(tmp_path / "out")
+        assert given.tokenizer_config is not None
+        if to == "huggingface":
+            assert not given.has_head
+        else:  # whose format cannot say it
+            assert err.startswith(f"kllama: warning: {source} has no head, which a preset cannot say.")
+            assert LlamaBackbone.from_preset(tmp_path / "out").tie_word_embeddings
+        expected = tensors(source)
+        for path, array in given.tensors():
+            np.testing.assert_array_equal(array, expected[path], err_msg=path)
+
+    def test_warnings_are_notices(self, assets, tmp_path, capsys):
+        code, _, err = run(capsys, "convert", assets / "goldens/hf_tiny/llama_gqa", tmp_path / "m.gguf", "--quiet")
+        assert code == 0 and err.startswith("kllama: warning: preprocessor = None") and err.count("\n") == 1
+
+    def test_a_preset_is_not_replaced_unasked(self, assets, tmp_path):
+        conversion.convert(assets / HUGGING_FACE, tmp_path / "preset", "preset")
+        with pytest.raises(ValueError, match="overwrite=True"):
+            conversion.convert(assets / GGUF, tmp_path / "preset", "preset")
+
 
 class TestInspect:
     def test_tables(self, assets, capsys):
@@ -137,6 +178,18 @@ class TestInspect:
         (tmp_path / "holes.gguf").write_bytes(data[:30_000] + bytes(len(data) - 30_000))
         assert run(capsys, "inspect", tmp_path / "holes.gguf")[1].splitlines()[1:12] == whole.splitlines()[1:12]
 
+    def test_a_token_cannot_write_a_line_of_its_own(self, assets, tmp_path, capsys):
+        """A hostile vocabulary, whose start token has control characters and line ends."""
+        source = shutil.copytree(assets / HUGGING_FACE, tmp_path / "model", ignore=shutil.ignore_patterns("llama2c"))
+        evil = "\x1b[2J\nTokenizer\tgood"
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            text = (source / name).read_text().replace(json.dumps("<s>"), json.dumps(evil))
+            (source / name).write_text(text)
+        code, out, _ = run(capsys, "inspect", source)
+        assert code == 0 and r"start token     \x1b[2J\nTokenizer\tgood" in out.replace("  start", "start")
+        assert out.splitlines().count("Tokenizer") == 1 and "\x1b" not in out
+        assert json.loads(run(capsys, "inspect", "--json", source)[1])["tokenizer"]["start_token"] == evil
+
 
 class TestVerify:
     @pytest.fixture
@@ -153,6 +206,11 @@ class TestVerify:
     def test_without_a_manifest(self, assets, capsys):
         code, out, _ = run(capsys, "verify", assets / GGUF)
         assert code == 0 and "no kllama_manifest.json" in out
+
+    def test_the_manifest_beside_a_file_that_it_does_not_list(self, assets, directory, capsys):
+        shutil.copy(assets / GGUF, directory / "other.gguf")
+        code, out, _ = run(capsys, "verify", directory / "other.gguf")
+        assert code == 0 and "as saved" not in out and "no kllama_manifest.json lists it" in out
 
     def test_one_bit(self, directory, capsys):
         weights = directory / "model.safetensors"

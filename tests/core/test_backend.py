@@ -88,9 +88,10 @@ class TestPrimitives:
     def test_matmul_float32(self):
         rng = np.random.default_rng(0)
         x, kernel = rng.normal(size=(2, 3, 64)), rng.normal(size=(64, 5))
-        product = backend.matmul_float32(self.tensor(x, "bfloat16"), self.tensor(kernel, "bfloat16"))
-        assert "float32" in str(product.dtype)
-        np.testing.assert_allclose(self.numpy(product), x @ kernel, atol=0.3)
+        for transpose, matrix in ((False, kernel), (True, kernel.T)):
+            product = backend.matmul_float32(self.tensor(x, "bfloat16"), self.tensor(matrix, "bfloat16"), transpose)
+            assert "float32" in str(product.dtype)
+            np.testing.assert_allclose(self.numpy(product), x @ kernel, atol=0.3)
 
 
 class TestUniform:

@@ -103,8 +103,9 @@ def _kinds(metadata: Mapping, path: Path) -> dict[str, int]:
 def _open_sentencepiece(
     metadata: Mapping, kinds: Mapping[str, int], path: Path, legacy: bool | None, add_prefix_space: bool | None
 ) -> OpenedVocabulary:
-    if metadata.get(_PRE, "default") != "default":
-        raise UnsupportedError(f"{path}: {_PRE} = {shown(str(metadata[_PRE]))}; expected none with {MODEL} = llama.")
+    pre = metadata.get(_PRE, "default")
+    if not isinstance(pre, str) or pre != "default":
+        raise UnsupportedError(f"{path}: {_PRE} = {shown(str(pre))}; expected none with {MODEL} = llama.")
     scores = _scores(metadata, kinds, path)
     has_bytes = _has_bytes(kinds, path)
     _check_pieces(kinds, scores, path)

@@ -267,6 +267,7 @@ FAULTS = {
     "no start": (byte_level("llama-bpe"), CheckpointError, "expected tokenizer.ggml.bos_token_id"),
     "a prefix": (byte_level(add_space_prefix=True), UnsupportedError, "add_space_prefix = true"),
     "a flag of 1": (byte_level(add_bos_token=1), CheckpointError, "expected true or false"),
+    "numbers for a name": (sentencepiece(pre=typed([1, 2])), UnsupportedError, "tokenizer.ggml.pre = "),
     "spaces taken away": (sentencepiece(remove_extra_whitespaces=True), UnsupportedError, "remove_extra_whitespaces"),
     "a table": (sentencepiece(precompiled_charsmap=typed([1, 2], 0)), UnsupportedError, "precompiled_charsmap"),
     "half of the bytes": (
