@@ -16,6 +16,9 @@ TOKENS = 1024
 _BYTES = {"float32": 4, "bfloat16": 2}
 # float32 copies that Adam training keeps of each weight that trains: gradient, and two moments beside the weight.
 _ADAM_BYTES = 12
+# float32 arrays of the size of the logits that are there at once in training: the logits, their probabilities, what the
+# loss and the metrics make of them, and the gradient. As measured on PyTorch; the other frameworks take more.
+_LOGITS = 5
 
 
 def count_parameters(config: dict) -> dict[str, int]:
@@ -39,8 +42,8 @@ def estimate_memory(config: dict) -> dict[str, dict[str, int]]:
     """Estimate the bytes that a model needs, for one sequence of `TOKENS` tokens.
 
     To run: the weights, and the keys and values of the cache. To fine-tune: the weights, for each one that trains a
-    gradient and Adam's two moments in float32, what the layers keep for the gradient, and the logits with theirs.
-    What a framework takes beside that is not in it.
+    gradient and Adam's two moments in float32, what the layers keep for the gradient, and what the loss makes of the
+    logits. What a framework takes beside that is not in it.
 
     Args:
         config: arguments of `LlamaBackbone`, as a checkpoint has them.
@@ -53,7 +56,7 @@ def estimate_memory(config: dict) -> dict[str, dict[str, int]]:
     cache = 2 * config["num_layers"] * TOKENS * head_dims
     memory = {"run": {}, "fine-tune with LoRA": {}, "fine-tune all weights": {}}
     for dtype, size in _BYTES.items():
-        training = num_weights * size + _kept_values(config) * size + 2 * TOKENS * config["vocabulary_size"] * 4
+        training = num_weights * size + _kept_values(config) * size + _LOGITS * TOKENS * config["vocabulary_size"] * 4
         memory["run"][dtype] = (num_weights + cache) * size
         memory["fine-tune with LoRA"][dtype] = training + count_lora(config) * (4 + _ADAM_BYTES)
         memory["fine-tune all weights"][dtype] = training + num_weights * _ADAM_BYTES

@@ -165,6 +165,12 @@ class TestInspect:
         memory = summary["memory"]
         assert memory["run"]["bfloat16"] < memory["run"]["float32"] < memory["fine-tune all weights"]["float32"]
 
+    def test_memory_is_about_what_was_measured(self, assets, capsys):
+        """The growth of a process on PyTorch, in MB, that loads stories15M and fits one row of 1024 tokens."""
+        memory = json.loads(run(capsys, "inspect", "--json", assets / "models/stories15M")[1])["memory"]
+        assert memory["fine-tune with LoRA"]["float32"] / 1e6 == pytest.approx(850, rel=0.1)
+        assert memory["fine-tune all weights"]["float32"] / 1e6 == pytest.approx(974, rel=0.1)
+
     def test_a_base_model_and_open_questions(self, assets, tmp_path, capsys):
         source = shutil.copytree(assets / "meta/stories260K", tmp_path / "meta")
         parameters = json.loads((source / "params.json").read_text()) | {"use_scaled_rope": True}
