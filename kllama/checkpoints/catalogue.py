@@ -2,7 +2,7 @@
 
 An installed kllama carries `presets/` inside the package; a source checkout has it beside the package. A folder there
 is a preset, weights and all. `catalogue.json` lists KerasHub's presets of Llama and Llama 3, with their handles. This
-file downloads nothing: `kaggle.py` does.
+file downloads nothing: `presets/kaggle.py` does.
 """
 
 import json

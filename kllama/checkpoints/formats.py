@@ -4,19 +4,19 @@ import difflib
 import os
 from pathlib import Path
 
-from kllama.checkpoints import kaggle
 from kllama.checkpoints.catalogue import builtin_presets, kaggle_presets
 from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
-from kllama.checkpoints.gguf import GgufCheckpoint, is_gguf, open_gguf
-from kllama.checkpoints.gguf_tokenizer import GgufTokenizer
-from kllama.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
-from kllama.checkpoints.huggingface_tokenizer import HuggingFaceTokenizer
-from kllama.checkpoints.keras_hub import KerasHubCheckpoint, is_keras_hub
-from kllama.checkpoints.keras_hub_tokenizer import KerasHubTokenizer, is_keras_hub_tokenizer
+from kllama.checkpoints.files.workspace import recover, refuse_interrupted
+from kllama.checkpoints.gguf.reading import GgufCheckpoint, is_gguf, open_gguf
+from kllama.checkpoints.gguf.tokenizer import GgufTokenizer
+from kllama.checkpoints.huggingface.reading import HuggingFaceCheckpoint, is_huggingface
+from kllama.checkpoints.huggingface.tokenizer import HuggingFaceTokenizer
 from kllama.checkpoints.llama2c import Llama2cCheckpoint, is_llama2c
-from kllama.checkpoints.meta import MetaCheckpoint, is_meta
-from kllama.checkpoints.preset import PresetCheckpoint, PresetTokenizer, has_preset_tokenizer, is_preset
-from kllama.checkpoints.workspace import recover, refuse_interrupted
+from kllama.checkpoints.meta.reading import MetaCheckpoint, is_meta
+from kllama.checkpoints.presets import kaggle
+from kllama.checkpoints.presets.keras_hub import KerasHubCheckpoint, is_keras_hub
+from kllama.checkpoints.presets.keras_hub_tokenizer import KerasHubTokenizer, is_keras_hub_tokenizer
+from kllama.checkpoints.presets.reading import PresetCheckpoint, PresetTokenizer, has_preset_tokenizer, is_preset
 from kllama.errors import MissingFileError, UnsupportedError
 
 _FORMATS = (
@@ -115,4 +115,7 @@ def _locate(handle) -> Path:
             filename=str(handle),
         )
     refuse_interrupted(path)
+    # The caller's own link to a file may lead anywhere; in a cache of the hub, the names are those of the links.
+    if path.is_symlink() and path.is_file() and "snapshots" not in path.absolute().parts:
+        path = Path(os.path.realpath(path))
     return path

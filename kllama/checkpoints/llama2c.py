@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
+from kllama.checkpoints.files.positioned_reads import read_array, read_bytes_at
+from kllama.checkpoints.files.reader import check_file, check_finite, read_bytes
 from kllama.checkpoints.name_map import LLAMA2C, ExpectedTensor, expected_tensors
-from kllama.checkpoints.positioned_reads import read_array, read_bytes_at
-from kllama.checkpoints.reader import check_file, check_finite, read_bytes
 from kllama.errors import CheckpointError
 
 LAYER_NORM_EPSILON, ROPE_THETA = 1e-5, 10000.0

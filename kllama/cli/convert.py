@@ -50,7 +50,7 @@ def command(settings: Settings, source, destination, to, dtype, rope_factor, ove
     use_backend(choose_backend(backend))
     with nullcontext() if settings.debug else native_stderr_hidden():
         from kllama.checkpoints import progress
-        from kllama.checkpoints.meta_params import llama3_scaling
+        from kllama.checkpoints.meta.params import llama3_scaling
         from kllama.models.convert import convert
     answers = {} if rope_factor is None else {"rope_scaling": llama3_scaling(rope_factor)}
     with progress.quiet() if quiet else nullcontext(), warnings_as_notices():

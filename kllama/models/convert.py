@@ -11,10 +11,10 @@ from pathlib import Path
 import keras
 
 from kllama.checkpoints.checkpoint import Checkpoint
+from kllama.checkpoints.files.writer import resolve
 from kllama.checkpoints.formats import open_checkpoint
-from kllama.checkpoints.preset_directory import staged_preset
-from kllama.checkpoints.preset_dtype import LayerDtypes
-from kllama.checkpoints.writer import resolve
+from kllama.checkpoints.presets.directory import staged_preset
+from kllama.checkpoints.presets.dtype import LayerDtypes
 from kllama.errors import CheckpointError
 from kllama.models.backbone_arguments import CONFIG_NAMES, settle_arguments
 from kllama.models.export_gguf import export_gguf

@@ -2,7 +2,7 @@
 
 import keras
 
-from kllama.checkpoints.preset_dtype import INT8, LayerDtypes
+from kllama.checkpoints.presets.dtype import INT8, LayerDtypes
 
 _INT8_FROM = f"{INT8}_from_"
 _TOO_NARROW = ("float16", "mixed_float16")

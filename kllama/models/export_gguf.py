@@ -1,6 +1,6 @@
 """Export a language model to a GGUF file: its configuration, its weights and its tokenizer, for llama.cpp.
 
-It joins what `checkpoints/gguf_export.py` says of a model with what `text/gguf_tokens.py` says of a tokenizer.
+It joins what `checkpoints/gguf/writing.py` says of a model with what `text/gguf_tokens.py` says of a tokenizer.
 `LlamaCausalLM.export_gguf` and `convert.py` call it.
 """
 
@@ -11,8 +11,8 @@ import keras
 import numpy as np
 
 from kllama.arguments import check_flag
-from kllama.checkpoints.gguf_export import GGUF_DTYPES, gguf_architecture, gguf_metadata, write_gguf
-from kllama.checkpoints.writer import resolve
+from kllama.checkpoints.files.writer import resolve
+from kllama.checkpoints.gguf.writing import GGUF_DTYPES, gguf_architecture, gguf_metadata, write_gguf
 from kllama.core.rope import RotaryFrequencies
 from kllama.errors import UnsupportedError
 from kllama.models.exported import Exported

@@ -1,14 +1,14 @@
 """Write a model as a Hugging Face directory, with its tokenizer: what `export_to_transformers` of the classes does.
 
-It joins what `checkpoints/huggingface_export.py` writes of a model with what `text/huggingface_export.py` writes of a
+It joins what `checkpoints/huggingface/writing.py` writes of a model with what `text/huggingface_export.py` writes of a
 tokenizer. The classes and `convert.py` call it.
 """
 
 import os
 import warnings
 
-from kllama.checkpoints.huggingface_config import model_type
-from kllama.checkpoints.huggingface_export import (
+from kllama.checkpoints.files.writer import staged_directory
+from kllama.checkpoints.huggingface.writing import (
     TOKEN_IDS,
     check_dtype,
     check_shard_size,
@@ -16,7 +16,7 @@ from kllama.checkpoints.huggingface_export import (
     write_generation_config,
     write_model,
 )
-from kllama.checkpoints.writer import staged_directory
+from kllama.checkpoints.huggingface.written_config import model_type
 from kllama.models.exported import Exported
 from kllama.text.huggingface_export import write_tokenizer
 from kllama.text.tokenizer import LlamaTokenizer

@@ -13,8 +13,8 @@ import numpy as np
 
 from kllama import backend
 from kllama.arguments import check_flag, check_integer, check_number
-from kllama.checkpoints.config import GENERATION_KEYS
-from kllama.checkpoints.preset_sampler import SAMPLER_NAMES
+from kllama.checkpoints.huggingface.config import GENERATION_KEYS
+from kllama.checkpoints.presets.sampler import SAMPLER_NAMES
 from kllama.generation.sampling import GREEDY, Sampling, sampling_of
 from kllama.models.prompts import Prompts
 from kllama.training.losses import IGNORED_ID

@@ -15,10 +15,10 @@ from keras_hub.src.utils.preset_utils import register_presets
 from kllama.arguments import check_integer
 from kllama.checkpoints.catalogue import keras_hub_entries
 from kllama.checkpoints.checkpoint import Strictness
+from kllama.checkpoints.files.undisturbed import undisturbed
+from kllama.checkpoints.files.writer import staged_file
 from kllama.checkpoints.formats import open_checkpoint
-from kllama.checkpoints.preset_directory import BACKBONE, staged_preset
-from kllama.checkpoints.undisturbed import undisturbed
-from kllama.checkpoints.writer import staged_file
+from kllama.checkpoints.presets.directory import BACKBONE, staged_preset
 from kllama.errors import CheckpointError
 from kllama.layers.causal_mask import CausalMask
 from kllama.layers.decoder_layer import LlamaDecoderLayer

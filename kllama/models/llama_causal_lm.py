@@ -14,9 +14,9 @@ from keras_hub.src.utils.tensor_utils import in_tf_function
 
 from kllama import backend
 from kllama.checkpoints.checkpoint import Strictness
+from kllama.checkpoints.files.undisturbed import undisturbed
 from kllama.checkpoints.formats import open_checkpoint
-from kllama.checkpoints.preset_directory import staged_preset
-from kllama.checkpoints.undisturbed import undisturbed
+from kllama.checkpoints.presets.directory import staged_preset
 from kllama.errors import CheckpointError
 from kllama.generation.programs import Programs
 from kllama.models.continuation import continue_prompts, run_sampler

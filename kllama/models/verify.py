@@ -2,8 +2,9 @@
 
 import os
 
-from kllama.checkpoints import manifest, progress
+from kllama.checkpoints import progress
 from kllama.checkpoints.checkpoint import Strictness
+from kllama.checkpoints.files import manifest
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.checkpoints.name_map import num_parameters
 from kllama.text.tokenizer import LlamaTokenizer

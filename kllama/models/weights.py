@@ -15,7 +15,7 @@ from keras.src.backend.common import global_state
 from keras_hub.src.utils.tensor_utils import get_tensor_size_in_bits
 
 from kllama.checkpoints import progress
-from kllama.checkpoints.keras_hub import read_weight_file
+from kllama.checkpoints.presets.keras_hub import read_weight_file
 from kllama.errors import CheckpointError
 
 _WAITING = "uninitialized_variables"

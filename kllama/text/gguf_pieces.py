@@ -14,7 +14,7 @@ from enum import IntEnum
 
 import tokenizers
 
-from kllama.checkpoints.reader import listed, shown
+from kllama.checkpoints.files.reader import listed, shown
 from kllama.errors import UnsupportedError
 from kllama.text.formats.merges import check_work, ranked_merges
 from kllama.text.formats.rules import MARK, flat

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import tokenizers
 
-from kllama.checkpoints.reader import listed
+from kllama.checkpoints.files.reader import listed
 from kllama.errors import UnsupportedError
 from kllama.text.chat.template import BUILT_IN, FOLDER
 from kllama.text.formats.gguf_pre_tokenizers import PRE_TOKENIZERS

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import tokenizers
 
-from kllama.checkpoints.huggingface_export import write_json
-from kllama.checkpoints.huggingface_tokenizer import (
+from kllama.checkpoints.files.reader import check_file_name
+from kllama.checkpoints.files.writer import staged_directory
+from kllama.checkpoints.huggingface.tokenizer import (
     CHAT_TEMPLATE,
     FLAGS,
     MORE_CHAT_TEMPLATES,
     SETTINGS,
     SPECIAL_TOKENS,
 )
-from kllama.checkpoints.reader import check_file_name
-from kllama.checkpoints.writer import staged_directory
+from kllama.checkpoints.huggingface.writing import write_json
 from kllama.text.chat.template import BUILT_IN, open_template
 from kllama.text.chat.tokenizer import ChatTokenizer
 from kllama.text.formats.gguf_pre_tokenizers import PRE_TOKENIZERS

@@ -12,9 +12,9 @@ import keras_hub
 import numpy as np
 from keras_hub.src.utils.tensor_utils import convert_preprocessing_outputs_python, in_tf_function
 
+from kllama.checkpoints.files.undisturbed import undisturbed
 from kllama.checkpoints.formats import open_tokenizer
-from kllama.checkpoints.preset_directory import layer_files, staged_preset
-from kllama.checkpoints.undisturbed import undisturbed
+from kllama.checkpoints.presets.directory import layer_files, staged_preset
 from kllama.text.huggingface_export import export_tokenizer
 from kllama.text.row_builder import RowBuilder
 from kllama.text.rows import Row, cut, pad

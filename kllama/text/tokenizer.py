@@ -16,9 +16,9 @@ import tokenizers
 from keras_hub.src.utils.tensor_utils import in_tf_function
 
 from kllama.arguments import check_flag
+from kllama.checkpoints.files.undisturbed import undisturbed
 from kllama.checkpoints.formats import open_tokenizer
-from kllama.checkpoints.preset_directory import layer_files, staged_preset
-from kllama.checkpoints.undisturbed import undisturbed
+from kllama.checkpoints.presets.directory import layer_files, staged_preset
 from kllama.errors import CheckpointError, MissingFileError
 from kllama.text.chat.tokenizer import ChatTokenizer
 from kllama.text.detokenizer import StreamingDetokenizer

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import tokenizers
 
-from kllama.checkpoints.reader import listed
+from kllama.checkpoints.files.reader import listed
 from kllama.errors import CheckpointError
 from kllama.text.chat.encoder import ChatEncoder
 from kllama.text.formats.added_tokens import added_token, check_added_id

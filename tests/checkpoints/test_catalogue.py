@@ -16,7 +16,7 @@ from keras_hub.src.models.llama3.llama3_presets import backbone_presets as llama
 
 from kllama.checkpoints import catalogue
 from kllama.checkpoints.formats import open_checkpoint, open_tokenizer
-from kllama.checkpoints.preset import PresetCheckpoint
+from kllama.checkpoints.presets.reading import PresetCheckpoint
 from kllama.errors import MissingFileError, ResourceError
 from tests.checkpoints.damage import refuses
 

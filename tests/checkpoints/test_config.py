@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kllama.checkpoints.config import (
+from kllama.checkpoints.huggingface.config import (
     IGNORED,
     backbone_config,
     generation_settings,

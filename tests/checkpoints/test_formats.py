@@ -9,11 +9,12 @@ import keras_hub
 import numpy as np
 import pytest
 
-from kllama.checkpoints import catalogue, manifest
+from kllama.checkpoints import catalogue
+from kllama.checkpoints.files import manifest
 from kllama.checkpoints.formats import open_checkpoint
-from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
-from kllama.checkpoints.keras_hub import KerasHubCheckpoint
-from kllama.checkpoints.preset import PresetCheckpoint
+from kllama.checkpoints.huggingface.reading import HuggingFaceCheckpoint
+from kllama.checkpoints.presets.keras_hub import KerasHubCheckpoint
+from kllama.checkpoints.presets.reading import PresetCheckpoint
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.weights import assign_weights, uninitialized_weights

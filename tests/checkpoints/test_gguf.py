@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kllama.checkpoints.checkpoint import STRICT
-from kllama.checkpoints.gguf import GgufCheckpoint, is_gguf
-from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
+from kllama.checkpoints.gguf.reading import GgufCheckpoint, is_gguf
+from kllama.checkpoints.huggingface.reading import HuggingFaceCheckpoint
 from kllama.core.rope import RotaryFrequencies
 from kllama.errors import CheckpointError, KllamaError, MissingFileError, UnsupportedError
 from kllama.text.tokenizer import LlamaTokenizer

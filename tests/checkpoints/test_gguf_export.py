@@ -5,8 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kllama.checkpoints.gguf_export import GGUF_DTYPES, gguf_architecture, gguf_metadata, write_gguf
-from kllama.checkpoints.gguf_file import GgufFile
+from kllama.checkpoints.gguf.file import GgufFile
+from kllama.checkpoints.gguf.writing import GGUF_DTYPES, gguf_architecture, gguf_metadata, write_gguf
 from kllama.checkpoints.name_map import GGUF_LLAMA, expected_tensors
 from kllama.errors import NonFiniteError, UnsupportedError
 

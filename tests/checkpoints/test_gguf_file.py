@@ -12,9 +12,9 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import _type_traits
 
-from kllama.checkpoints import gguf_file
-from kllama.checkpoints.gguf_file import GgufFile
-from kllama.checkpoints.gguf_header import GGML_TYPES
+from kllama.checkpoints.gguf import file as gguf_file
+from kllama.checkpoints.gguf.file import GgufFile
+from kllama.checkpoints.gguf.header import GGML_TYPES
 from kllama.errors import CheckpointError, KllamaError, MissingFileError, UnsupportedError
 from tests.checkpoints.damage import refuses
 from tests.checkpoints.gguf_files import SlowReader, gguf, tensor_info, text, toy, typed
@@ -246,14 +246,14 @@ def test_a_lie_costs_nothing(written, data):
 
 
 def test_a_file_of_short_texts_is_bounded(written, monkeypatch):
-    monkeypatch.setattr("kllama.checkpoints.gguf_header.MAX_STRINGS", 4)
+    monkeypatch.setattr("kllama.checkpoints.gguf.header.MAX_STRINGS", 4)
     assert GgufFile(written(gguf({"a": ["x", "y"], "b": ["", ""]}))).metadata["b"] == ["", ""]
     with refuses(CheckpointError, "number of texts", "at most 2"):
         GgufFile(written(gguf({"a": ["x", "y"], "b": ["", "", ""]})))
 
 
 def test_a_header_is_bounded(written, monkeypatch):
-    monkeypatch.setattr("kllama.checkpoints.gguf_header.MAX_HEADER", 64)
+    monkeypatch.setattr("kllama.checkpoints.gguf.header.MAX_HEADER", 64)
     with refuses(CheckpointError, "bytes of"):
         GgufFile(written(gguf({"a": "x" * 60}) + bytes(100)))
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kllama.checkpoints.checkpoint import Strictness
-from kllama.checkpoints.huggingface import HuggingFaceCheckpoint, is_huggingface
+from kllama.checkpoints.huggingface.reading import HuggingFaceCheckpoint, is_huggingface
 from kllama.checkpoints.name_map import expected_tensors
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.llama_causal_lm import LlamaCausalLM

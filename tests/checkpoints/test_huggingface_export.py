@@ -8,13 +8,13 @@ import pytest
 from ml_dtypes import bfloat16
 from safetensors import safe_open
 
-from kllama.checkpoints.config import backbone_config
-from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
-from kllama.checkpoints.huggingface_config import huggingface_config
-from kllama.checkpoints.huggingface_export import TOKEN_IDS, write_generation_config, write_model
+from kllama.checkpoints.files.reader import SafetensorsFile
+from kllama.checkpoints.huggingface.config import backbone_config
+from kllama.checkpoints.huggingface.reading import HuggingFaceCheckpoint
+from kllama.checkpoints.huggingface.safetensors_writer import SafetensorsWriter
+from kllama.checkpoints.huggingface.writing import TOKEN_IDS, write_generation_config, write_model
+from kllama.checkpoints.huggingface.written_config import huggingface_config
 from kllama.checkpoints.name_map import expected_tensors
-from kllama.checkpoints.reader import SafetensorsFile
-from kllama.checkpoints.safetensors_writer import SafetensorsWriter
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from tests.checkpoints.damage import refuses
 

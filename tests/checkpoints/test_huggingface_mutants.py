@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
+from kllama.checkpoints.huggingface.reading import HuggingFaceCheckpoint
 from kllama.checkpoints.name_map import expected_tensors
 from kllama.errors import KllamaError
 from tests.checkpoints.mutation import mutate

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import kllama
-from kllama.checkpoints import manifest
-from kllama.checkpoints.preset import PresetCheckpoint
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files import manifest
+from kllama.checkpoints.files.reader import shown
+from kllama.checkpoints.presets.reading import PresetCheckpoint
 from kllama.errors import CheckpointError, UnsupportedError
 from tests.checkpoints.damage import change_config, change_json, refuses, replace
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import kllama
-from kllama.checkpoints.keras_hub import KerasHubCheckpoint
+from kllama.checkpoints.presets.keras_hub import KerasHubCheckpoint
 from kllama.errors import CheckpointError
 from kllama.text.formats.rules import byte_characters
 from tests.checkpoints.damage import refuses

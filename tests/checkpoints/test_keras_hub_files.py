@@ -10,11 +10,11 @@ import keras_hub
 import numpy as np
 import pytest
 
-from kllama.checkpoints import keras_hub as keras_hub_format
 from kllama.checkpoints.formats import open_checkpoint, open_tokenizer
-from kllama.checkpoints.keras_hub import KerasHubCheckpoint
-from kllama.checkpoints.keras_hub_tokenizer import KerasHubTokenizer
-from kllama.checkpoints.preset import PresetTokenizer
+from kllama.checkpoints.presets import keras_hub as keras_hub_format
+from kllama.checkpoints.presets.keras_hub import KerasHubCheckpoint
+from kllama.checkpoints.presets.keras_hub_tokenizer import KerasHubTokenizer
+from kllama.checkpoints.presets.reading import PresetTokenizer
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.weights import assign_weights, uninitialized_weights
@@ -140,6 +140,8 @@ def test_gives_the_configs(saved):
         "dropout": 0.25,
         "tie_word_embeddings": False,
         "attention_bias": False,
+        "attention_output_bias": False,
+        "qk_norm": False,
         "mlp_bias": False,
     }
     assert checkpoint.tokenizer_config == {

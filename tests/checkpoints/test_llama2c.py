@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kllama.checkpoints.checkpoint import Strictness
-from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
+from kllama.checkpoints.huggingface.reading import HuggingFaceCheckpoint
 from kllama.checkpoints.llama2c import Llama2cCheckpoint, is_llama2c
 from kllama.errors import CheckpointError, KllamaError, MissingFileError
 from tests.checkpoints.damage import refuses

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kllama.checkpoints import manifest
-from kllama.checkpoints.manifest import NAME, SavedFile
+from kllama.checkpoints.files import manifest
+from kllama.checkpoints.files.manifest import NAME, SavedFile
 from kllama.errors import CheckpointError, MissingFileError, ResourceError, UnsupportedError
 
 pytestmark = pytest.mark.backend_independent

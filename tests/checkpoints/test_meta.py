@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from kllama.checkpoints.checkpoint import Strictness
-from kllama.checkpoints.huggingface import HuggingFaceCheckpoint
-from kllama.checkpoints.meta import MetaCheckpoint, is_meta
-from kllama.checkpoints.meta_params import read_params
+from kllama.checkpoints.huggingface.reading import HuggingFaceCheckpoint
+from kllama.checkpoints.meta.params import read_params
+from kllama.checkpoints.meta.reading import MetaCheckpoint, is_meta
 from kllama.errors import CheckpointError, KllamaError, MissingFileError, UnsupportedError
 from tests.checkpoints.damage import JSON_FAULTS, change_json, refuses
 from tests.checkpoints.mutation import mutate

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kllama.checkpoints import manifest
-from kllama.checkpoints.preset import PresetCheckpoint, is_preset
+from kllama.checkpoints.files import manifest
+from kllama.checkpoints.presets.reading import PresetCheckpoint, is_preset
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.llama_causal_lm import LlamaCausalLM

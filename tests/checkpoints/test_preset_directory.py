@@ -8,10 +8,10 @@ from pathlib import Path
 import keras_hub
 import pytest
 
-from kllama.checkpoints import manifest
-from kllama.checkpoints.preset import PresetCheckpoint
-from kllama.checkpoints.preset_directory import staged_preset
-from kllama.checkpoints.undisturbed import undisturbed
+from kllama.checkpoints.files import manifest
+from kllama.checkpoints.files.undisturbed import undisturbed
+from kllama.checkpoints.presets.directory import staged_preset
+from kllama.checkpoints.presets.reading import PresetCheckpoint
 from kllama.errors import CheckpointError, ResourceError
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.llama_causal_lm import LlamaCausalLM

@@ -7,9 +7,9 @@ from pathlib import Path
 import keras_hub
 import pytest
 
-from kllama.checkpoints import manifest
-from kllama.checkpoints.preset import PresetCheckpoint
-from kllama.checkpoints.preset_sampler import read_sampler
+from kllama.checkpoints.files import manifest
+from kllama.checkpoints.presets.reading import PresetCheckpoint
+from kllama.checkpoints.presets.sampler import read_sampler
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.llama_causal_lm import LlamaCausalLM

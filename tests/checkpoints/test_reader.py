@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from kllama.checkpoints.reader import (
+from kllama.checkpoints.files.reader import (
     JSON_LIMIT,
     SafetensorsFile,
     check_file_name,
@@ -270,7 +270,7 @@ def test_a_file_that_changes_while_it_is_opened_is_refused(path, monkeypatch):
         path.write_bytes(_file('{"a": 1}'))
         return opened
 
-    monkeypatch.setattr("kllama.checkpoints.reader.safe_open", change_behind)
+    monkeypatch.setattr("kllama.checkpoints.files.reader.safe_open", change_behind)
     with refuses(path, "changed while it was opened"):
         SafetensorsFile(path)
 

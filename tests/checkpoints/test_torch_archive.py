@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kllama.checkpoints.torch_archive import PICKLE_LIMIT, TorchArchive
+from kllama.checkpoints.torch_files.archive import PICKLE_LIMIT, TorchArchive
 from kllama.errors import CheckpointError, KllamaError, MissingFileError, UnsupportedError
 from tests.checkpoints.damage import refuses
 from tests.checkpoints.mutation import mutate

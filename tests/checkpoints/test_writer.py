@@ -11,9 +11,9 @@ from unittest import mock
 
 import pytest
 
-from kllama.checkpoints import manifest, swap, workspace, writer
-from kllama.checkpoints.workspace import MARKER, recover, refuse_interrupted
-from kllama.checkpoints.writer import staged_directory, staged_file
+from kllama.checkpoints.files import manifest, swap, workspace, writer
+from kllama.checkpoints.files.workspace import MARKER, recover, refuse_interrupted
+from kllama.checkpoints.files.writer import staged_directory, staged_file
 from kllama.errors import CheckpointError, ResourceError
 
 pytestmark = pytest.mark.backend_independent
@@ -363,6 +363,14 @@ def test_a_file_in_place_of_a_directory_and_the_reverse(tmp_path):
 
 
 # Files
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_pipe_is_not_replaced(tmp_path, overwrite):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="a device, a pipe or a socket"), staged_file(tmp_path / "pipe", overwrite):
+        pytest.fail("nothing may be written")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_a_file_there_already(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kllama
-from kllama.checkpoints.gguf_file import GgufFile
+from kllama.checkpoints.gguf.file import GgufFile
 from kllama.errors import UnsupportedError
 
 LLAMA3 = {

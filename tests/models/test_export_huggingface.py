@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 import kllama
-from kllama.checkpoints.reader import SafetensorsFile
+from kllama.checkpoints.files.reader import SafetensorsFile
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.models.weights import assign_weights, uninitialized_weights
 from tests import oracle

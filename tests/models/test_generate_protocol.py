@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 import kllama
-from kllama.checkpoints.preset_sampler import SAMPLER_NAMES
+from kllama.checkpoints.presets.sampler import SAMPLER_NAMES
 from kllama.generation.programs import Programs
 
 GREEDY = {"temperature": 0}

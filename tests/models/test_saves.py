@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 
 import kllama
-from kllama.checkpoints import manifest, writer
+from kllama.checkpoints.files import manifest, writer
+from kllama.checkpoints.files.workspace import recover
 from kllama.checkpoints.formats import open_checkpoint, open_tokenizer
-from kllama.checkpoints.workspace import recover
 from kllama.errors import CheckpointError, ResourceError
 from tests.letters import letters
 

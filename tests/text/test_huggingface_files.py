@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from kllama.checkpoints.huggingface_export import write_json
+from kllama.checkpoints.huggingface.writing import write_json
 from kllama.errors import CheckpointError
 from kllama.text.chat.template import BUILT_IN
 from kllama.text.formats.gguf_pre_tokenizers import PRE_TOKENIZERS

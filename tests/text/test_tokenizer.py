@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from kllama.checkpoints import huggingface_tokenizer
+from kllama.checkpoints.huggingface import tokenizer as huggingface_tokenizer
 from kllama.errors import CheckpointError, MissingFileError
 from kllama.text.formats import tokenizer_json
 from kllama.text.preprocessor import LlamaCausalLMPreprocessor

@@ -12,8 +12,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
-from kllama.checkpoints.gguf_file import GgufFile
-from kllama.checkpoints.gguf_tokenizer import (
+from kllama.checkpoints.files.reader import shown
+from kllama.checkpoints.gguf.file import GgufFile
+from kllama.checkpoints.gguf.tokenizer import (
     ADD_START,
     BYTE_LEVEL,
     KINDS,
@@ -26,7 +27,6 @@ from kllama.checkpoints.gguf_tokenizer import (
     flag,
     token_id,
 )
-from kllama.checkpoints.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.added_tokens import added_token, check_added_id
 from kllama.text.formats.gguf_pre_tokenizers import PRE_TOKENIZERS

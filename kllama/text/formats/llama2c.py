@@ -9,7 +9,7 @@ import struct
 
 from tokenizers import models
 
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.merges import scored_merges
 from kllama.text.formats.opened import MAX_VOCABULARY_SIZE, OpenedVocabulary

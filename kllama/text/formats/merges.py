@@ -7,7 +7,7 @@ the file is refused. The readers of these formats call it.
 
 from collections.abc import Mapping
 
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files.reader import shown
 from kllama.errors import UnsupportedError
 
 # The sum of the squared lengths of all pieces, which bounds the work. That of Llama 3 is 8 million.

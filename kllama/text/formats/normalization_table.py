@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.rules import MARK, replace
 

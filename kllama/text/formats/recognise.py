@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tokenizers
 
-from kllama.checkpoints.gguf_header import starts_like_gguf
-from kllama.checkpoints.reader import check_file, read_bytes, read_json, read_text, shown
+from kllama.checkpoints.files.reader import check_file, read_bytes, read_json, read_text, shown
+from kllama.checkpoints.gguf.header import starts_like_gguf
 from kllama.errors import CheckpointError, MissingFileError
 from kllama.text.formats.gguf_vocabulary import open_gguf_vocabulary
 from kllama.text.formats.llama2c import is_llama2c, open_llama2c

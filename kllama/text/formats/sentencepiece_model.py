@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from tokenizers import models
 
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.merges import scored_merges
 from kllama.text.formats.opened import OpenedVocabulary

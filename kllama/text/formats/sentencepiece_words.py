@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from tokenizers import models
 
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files.reader import shown
 from kllama.errors import UnsupportedError
 from kllama.text.formats.normalization_table import read_table, table_normalizers
 from kllama.text.formats.patterns import refusal

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from tokenizers import models
 
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files.reader import shown
 from kllama.errors import UnsupportedError
 from kllama.text.formats.patterns import refusal
 from kllama.text.formats.rules import split

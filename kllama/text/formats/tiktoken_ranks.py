@@ -10,7 +10,7 @@ import re
 
 from tokenizers import models
 
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.merges import check_work, ranked_merges
 from kllama.text.formats.opened import OpenedVocabulary

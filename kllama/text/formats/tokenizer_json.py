@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import tokenizers
 from tokenizers import models
 
-from kllama.checkpoints.reader import shown
+from kllama.checkpoints.files.reader import shown
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.added_tokens import check_added_id
 from kllama.text.formats.opened import MAX_BYTES, MAX_VOCABULARY_SIZE, OpenedVocabulary

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import models
 
-from kllama.checkpoints.reader import JSON_LIMIT, check_file, read_json, read_text, shown
+from kllama.checkpoints.files.reader import JSON_LIMIT, check_file, read_json, read_text, shown
 from kllama.errors import CheckpointError, UnsupportedError
 from kllama.text.formats.added_tokens import added_token, check_added_id
 from kllama.text.formats.opened import MAX_BYTES, MAX_VOCABULARY_SIZE, OpenedVocabulary

@@ -1,0 +1,1 @@
+"""Hugging Face directories: `config.json`, safetensors, tokenizer files; read and written."""

@@ -1,0 +1,1 @@
+"""Meta's own directories: `params.json` and `consolidated.*.pth`."""

@@ -1,0 +1,1 @@
+"""What `torch.save` wrote, read without PyTorch and without running anything."""
