@@ -83,7 +83,7 @@ def _save_preset(
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:  # a save alone would replace a preset
         raise ValueError(f"{destination}: holds something. Pass overwrite=True to replace the whole directory.")
     model = _build(checkpoint, dtype, answers)
-    with staged_preset(destination, overwrite=overwrite, needed_bytes=count_bytes(model)) as staging:
+    with staged_preset(destination, None, overwrite, count_bytes(model), max_shard_size) as staging:
         model.save_to_preset(staging, max_shard_size=max_shard_size)
         if not checkpoint.has_head:
             _save_beside_base_model(checkpoint, staging)

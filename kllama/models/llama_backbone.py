@@ -371,7 +371,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
             ValueError: the directory holds files that no preset has.
             ResourceError: the disk is full or fails, or the directory may not be written to.
         """
-        with staged_preset(preset_dir, BACKBONE, overwrite, count_bytes(self)) as staging:
+        with staged_preset(preset_dir, BACKBONE, overwrite, count_bytes(self), max_shard_size) as staging:
             super().save_to_preset(str(staging), max_shard_size=max_shard_size)
 
     def save_lora_weights(self, filepath):

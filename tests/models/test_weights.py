@@ -194,7 +194,7 @@ def test_dtypes(stored, policy):
 
 @pytest.mark.parametrize("change", ["transposed", "read-only", "every other"])
 def test_views(change):
-    """Readers give views of what they read; a weight is a plain block of its own."""
+    """Readers give views of what they read; a weight is memory of its own, whatever its order."""
     model = empty()
     tensors = random_tensors(model)
 
@@ -210,8 +210,6 @@ def test_views(change):
     assign_weights(model, [(path, view(array)) for path, array in tensors.items()])
     for weight in model.weights:
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight.value), tensors[weight.path])
-        if keras.config.backend() == "torch":
-            assert weight.value.is_contiguous()
         weight.assign(keras.ops.ones(weight.shape))
 
 

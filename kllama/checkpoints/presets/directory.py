@@ -45,7 +45,11 @@ def layer_files(*config_files: str) -> str:
 
 @contextmanager
 def staged_preset(
-    directory: str | os.PathLike, part: str | None = None, overwrite: bool = False, needed_bytes: int | None = None
+    directory: str | os.PathLike,
+    part: str | None = None,
+    overwrite: bool = False,
+    needed_bytes: int = 0,
+    max_shard_size: float | None = None,
 ) -> Iterator[Path]:
     """Write a preset, or a part of one, that appears whole or not at all; see `writer.staged_directory`.
 
@@ -54,6 +58,7 @@ def staged_preset(
         part: a regular expression: the other files of the directory are kept. None replaces all of it.
         overwrite: whether files that no preset has may lie there. A part keeps them; a whole preset replaces them, too.
         needed_bytes: how much will be written, at least.
+        max_shard_size: the largest size of a file of that, in GB; None for one file.
 
     Yields:
         The directory to write to, which holds what is kept. Inside the block, it is also what saving another part to
@@ -76,11 +81,20 @@ def staged_preset(
     with staged_directory(path, overwrite=True, needed_bytes=needed_bytes, known=known) as staging:
         for name in kept:
             _keep(path / name, staging / name)
+        _try_size(staging, needed_bytes if max_shard_size is None else min(needed_bytes, int(max_shard_size * 2**30)))
         token = _staging.set(staging)
         try:
             yield staging
         finally:
             _staging.reset(token)
+
+
+def _try_size(directory: Path, size: int) -> None:
+    """Have the system refuse a file that is too large for it: the HDF5 library would end the process on the way."""
+    probe = directory / "probe"
+    with open(probe, "wb") as file:
+        file.truncate(size)
+    probe.unlink()
 
 
 def _refuse_others_files(path: Path, part: str | None) -> None:
