@@ -457,10 +457,12 @@ class LlamaBackbone(keras_hub.models.Backbone):
         """Build a backbone from a checkpoint.
 
         Args:
-            preset: a name that `presets` lists, a `kaggle://` handle, or the path of a preset directory, kllama's or
-                KerasHub's, or of a Hugging Face directory. The format is recognised by content.
+            preset: a name that `presets` lists, a `kaggle://` handle, or the path of a checkpoint: a preset directory
+                of kllama or KerasHub, a Hugging Face directory, a directory of Meta's, a GGUF file or a llama2.c file.
+                The format is recognised by content.
             load_weights: whether to load the weights; otherwise they are random.
-            dtype: of weights and computation. By default a global dtype policy, if one was set, else the file's own.
+            dtype: of weights and computation. By default a global dtype policy, if one was set, else the file's own;
+                weights that a GGUF or llama2.c file holds quantised are float32 then.
             verify: whether files are compared with the sizes and SHA-256 of the manifest beside them, where there is
                 one.
             check_finite: whether NaN and infinity in weights are refused.

@@ -224,8 +224,7 @@ class LlamaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """Build the preprocessor of a checkpoint, with its tokenizer.
 
         Args:
-            preset: the name of a preset, a `kaggle://` handle, or the path of a preset directory or of a Hugging Face
-                directory.
+            preset: the name of a preset, a `kaggle://` handle, or the path of a checkpoint of any format.
             **kwargs: constructor arguments that replace the checkpoint's, such as `sequence_length`.
 
         Raises:

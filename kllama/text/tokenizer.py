@@ -360,8 +360,8 @@ class LlamaTokenizer(ChatTokenizer):
         """Build the tokenizer of a checkpoint.
 
         Args:
-            preset: the name of a preset, a `kaggle://` handle, or the path of a preset directory, of a Hugging Face
-                directory, which may hold tokenizer files alone, or of the file of a vocabulary.
+            preset: the name of a preset, a `kaggle://` handle, or the path of a checkpoint of any format, of a
+                directory that holds tokenizer files alone, or of the file of a vocabulary.
             **kwargs: constructor arguments that replace the checkpoint's, such as `parse_special`.
 
         Raises:
