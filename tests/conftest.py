@@ -27,9 +27,15 @@ def assets() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests that do not depend on the backend to the jax run."""
-    if os.environ["KERAS_BACKEND"] == "jax":
-        return
-    deselected = [item for item in items if item.get_closest_marker("backend_independent")]
+    """Leave the tests that do not depend on the backend to the jax run, and those of one backend to its run."""
+    backend = os.environ["KERAS_BACKEND"]
+
+    def is_elsewhere(item: pytest.Item) -> bool:
+        only = item.get_closest_marker("only_on")
+        return (only is not None and backend not in only.args) or (
+            backend != "jax" and item.get_closest_marker("backend_independent") is not None
+        )
+
+    deselected = [item for item in items if is_elsewhere(item)]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]

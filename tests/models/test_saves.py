@@ -27,7 +27,7 @@ from kllama.checkpoints.formats import open_checkpoint, open_tokenizer
 from kllama.errors import CheckpointError, ResourceError
 from tests.letters import letters
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="only a process with PyTorch can be forked")
+pytestmark = pytest.mark.only_on("torch")  # only a process with PyTorch can be forked
 
 SHARDS = 0.00002  # GB
 few_or_many = pytest.mark.parametrize("count", [3, pytest.param(143, marks=pytest.mark.slow)], ids=["few", "many"])
