@@ -93,6 +93,28 @@ class TestPrimitives:
             assert "float32" in str(product.dtype)
             np.testing.assert_allclose(self.numpy(product), x @ kernel, atol=0.3)
 
+    @pytest.mark.only_on("jax")
+    def test_no_table_is_transposed_for_the_head(self):
+        import jax
+
+        x, table = self.tensor(np.ones((1, 2, 64))), self.tensor(np.ones((300, 64)))
+        program = jax.make_jaxpr(lambda x, table: backend.matmul_float32(x, table, transpose=True))(x, table)
+        assert [str(step.primitive) for step in program.eqns] == ["dot_general"]
+
+    @pytest.mark.only_on("jax")
+    def test_one_program(self):
+        import jax
+
+        @backend.one_program("power")
+        def function(x, power):
+            return (x + 1) ** power
+
+        x = self.tensor([1.0, 2.0])
+        np.testing.assert_array_equal(self.numpy(function(x, power=2)), [4, 9])
+        assert function._cache_size() == 1
+        program = jax.make_jaxpr(lambda x: function(x, power=2))(x)
+        assert "pjit" not in str(program)  # inside another program it leaves no trace
+
 
 class TestUniform:
     def draw(self, seed, step, size=(3, 50)):
