@@ -6,7 +6,7 @@ without knowing which it is.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +77,19 @@ class Checkpoint(ABC):
     preprocessor_config: Mapping = {}
     generation_config: Mapping = {}
     sampler: object = "auto"
+
+    def refuse_open_questions(self, answers: Container[str]) -> None:
+        """Refuse to go on with a question open.
+
+        Args:
+            answers: the names of the arguments of `LlamaBackbone` that the caller gives.
+
+        Raises:
+            CheckpointError: asking for the first that is missing.
+        """
+        for argument, question in self.open_questions.items():
+            if argument not in answers:
+                raise CheckpointError(question)
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,11 +13,14 @@ of a head, p = 2 the members of a pair.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Container, Iterable, Iterator
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
+
+from kllama.checkpoints.files.reader import LISTED, listed
+from kllama.errors import CheckpointError
 
 
 class Row(NamedTuple):
@@ -177,6 +180,25 @@ def expected_tensors(backbone_config: dict, naming: Naming = HUGGINGFACE) -> Ite
                     letters,
                     sizes,
                 )
+
+
+def refuse_missing(backbone_config: dict, stored: Container[str], source: object, naming: Naming = HUGGINGFACE) -> None:
+    """Refuse files that lack tensors of a model.
+
+    Args:
+        backbone_config: as of `expected_tensors`.
+        stored: the names of the tensors that are there.
+        source: the files, for the message.
+        naming: whose names they are.
+
+    Raises:
+        CheckpointError: naming up to ten.
+    """
+    # Lazily: at most ten missing names are looked for, however many layers the configuration claims.
+    missing = (tensor.name for tensor in expected_tensors(backbone_config, naming) if tensor.name not in stored)
+    missing = list(islice(missing, LISTED))
+    if missing:
+        raise CheckpointError(f"{source}: missing tensors: {listed(missing)}.")
 
 
 def num_parameters(backbone_config: dict) -> int:

@@ -48,7 +48,7 @@ def command(settings: Settings, source, destination, to, dtype, rope_factor, ove
     if not overwrite and os.path.exists(destination) and not _is_empty_directory(destination):
         raise click.BadParameter(f"{destination} is there already; --overwrite replaces it.", param_hint="DESTINATION")
     use_backend(choose_backend(backend))
-    with nullcontext() if settings.debug else native_stderr_hidden():
+    with native_stderr_hidden(unless=settings.debug):
         from kllama.checkpoints import progress
         from kllama.checkpoints.meta.params import llama3_scaling
         from kllama.models.convert import convert

@@ -41,7 +41,7 @@ def command(settings: Settings, prompt, preset, backend, dtype, quiet, **samplin
 
 def load_model(preset: str, dtype: str | None, show_progress: bool, show_logs: bool):
     """Import Keras and load a `LlamaCausalLM`; `show_logs` lets the native libraries write to stderr meanwhile."""
-    with nullcontext() if show_logs else native_stderr_hidden():
+    with native_stderr_hidden(unless=show_logs):
         from kllama.checkpoints import progress
         from kllama.models.llama_causal_lm import LlamaCausalLM
     with nullcontext() if show_progress else progress.quiet():

@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import nullcontext
 
 import click
 
@@ -10,7 +9,6 @@ from kllama.cli.backend_choice import choose_backend, use_backend
 from kllama.cli.failures import Settings, debug_option
 from kllama.cli.terminal import escape_controls, native_stderr_hidden, print_text
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 # What the tables call an argument of the backbone; the others are shown where they are not what Llama has.
 _SIZES = {
     "num_layers": "layers",
@@ -50,7 +48,7 @@ def command(settings: Settings, source, as_json):
     SOURCE is the name of a preset, or the path of a checkpoint of any format. Its weights are not loaded.
     """
     use_backend(choose_backend())
-    with nullcontext() if settings.debug else native_stderr_hidden():
+    with native_stderr_hidden(unless=settings.debug):
         from kllama.checkpoints.formats import open_checkpoint
         from kllama.checkpoints.summary import summarize
 
@@ -80,6 +78,7 @@ def describe_tokenizer(checkpoint) -> dict | None:
 
 def render(summary: dict) -> str:
     """Write the tables that a person reads."""
+    from kllama.checkpoints.files.reader import size_text
     from kllama.checkpoints.summary import LORA_RANK, TOKENS
 
     total = summary["parameters"]["total"]
@@ -101,12 +100,6 @@ def render(summary: dict) -> str:
         *summary["open_questions"].values(),
     ]
     return "\n\n".join(parts)
-
-
-def size_text(num_bytes: int) -> str:
-    """Write a number of bytes for people, in powers of 1000."""
-    unit = min(max(len(str(num_bytes)) - 1, 0), 3 * len(_UNITS) - 1) // 3
-    return f"{num_bytes / 1000**unit:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"
 
 
 def _architecture_rows(architecture: dict) -> list[tuple[str, str]]:

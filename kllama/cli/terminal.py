@@ -41,12 +41,12 @@ def warnings_as_notices() -> Iterator[None]:
 
 
 @contextmanager
-def native_stderr_hidden() -> Iterator[None]:
-    """Discard what is written to file descriptor 2 inside the block.
+def native_stderr_hidden(unless: bool = False) -> Iterator[None]:
+    """Discard what is written to file descriptor 2 inside the block, unless it is wanted.
 
     TensorFlow's libraries log there while they are loaded, before any log level that can be set applies to them.
     """
-    if sys.stderr is None:
+    if unless or sys.stderr is None:
         yield
         return
     sys.stderr.flush()

@@ -21,7 +21,7 @@ def command(settings: Settings, preset, quiet):
     PRESET is the name of a preset, or the path of a checkpoint of any format.
     """
     use_backend(choose_backend())
-    with nullcontext() if settings.debug else native_stderr_hidden():
+    with native_stderr_hidden(unless=settings.debug):
         from kllama.checkpoints import progress
         from kllama.models.verify import verify_checkpoint
     with progress.quiet() if quiet else nullcontext():

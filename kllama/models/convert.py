@@ -15,7 +15,6 @@ from kllama.checkpoints.files.writer import resolve
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.checkpoints.presets.directory import staged_preset
 from kllama.checkpoints.presets.dtype import LayerDtypes
-from kllama.errors import CheckpointError
 from kllama.models.backbone_arguments import CONFIG_NAMES, settle_arguments
 from kllama.models.export_gguf import export_gguf
 from kllama.models.export_huggingface import MAX_SHARD_SIZE, export_huggingface
@@ -133,9 +132,7 @@ def _check_apart(source: Path, destination: Path) -> None:
 
 def _check_answers(checkpoint: Checkpoint, answers: dict) -> None:
     """Raise the questions that are open, and refuse answers to others: they would change the model."""
-    for argument, question in checkpoint.open_questions.items():
-        if argument not in answers:
-            raise CheckpointError(question)
+    checkpoint.refuse_open_questions(answers)
     for argument, answer in answers.items():
         if argument not in checkpoint.open_questions and answer != checkpoint.backbone_config.get(argument):
             raise ValueError(f"{argument} ({answer}) must be left out: {checkpoint.path} leaves no such question open.")

@@ -490,9 +490,7 @@ class LlamaBackbone(keras_hub.models.Backbone):
     @classmethod
     def from_checkpoint(cls, checkpoint, load_weights: bool = True, *, dtype=None, **kwargs):
         """Build a backbone from a checkpoint that `kllama.checkpoints.formats.open_checkpoint` has opened."""
-        for argument, question in checkpoint.open_questions.items():
-            if argument not in kwargs:
-                raise CheckpointError(question)
+        checkpoint.refuse_open_questions(kwargs)
         config = {**checkpoint.backbone_config, "dtype": resolve_dtype(dtype, checkpoint.dtype)}
         if not {"rope_scaling_factor", *KERAS_HUB_ROPE_KEYWORDS}.isdisjoint(kwargs):
             config["rope_scaling"] = None

@@ -210,8 +210,7 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         """
         self._check_vocabulary()
         check_preset_mode(self)
-        size = {"needed_bytes": count_bytes(self), "max_shard_size": max_shard_size}
-        with staged_preset(preset_dir, overwrite=overwrite, **size) as staging:
+        with staged_preset(preset_dir, None, overwrite, count_bytes(self), max_shard_size) as staging:
             super().save_to_preset(str(staging), max_shard_size=max_shard_size)
 
     @classmethod

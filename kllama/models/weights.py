@@ -102,8 +102,6 @@ def load_keras_hub_weights(backbone: keras.Model, file: str | os.PathLike) -> bo
 def _initialize(variable: keras.Variable, array: np.ndarray) -> None:
     if tuple(array.shape) != tuple(variable.shape):
         raise CheckpointError(f"{variable.path}: shape = {tuple(array.shape)}; expected {tuple(variable.shape)}.")
-    # PyTorch keeps the memory it is given, in the order of the file: training has to be able to write to it.
-    array = np.require(array, requirements="W")
     # Keras has no public way to give an uninitialized variable its first value.
     variable._initialize(keras.ops.convert_to_tensor(array, dtype=variable.dtype))
     variable._initializer = None

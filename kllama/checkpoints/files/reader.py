@@ -25,6 +25,7 @@ JSON_DEPTH = 64
 LISTED = 10
 FLOAT_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
+_UNITS = ("B", "kB", "MB", "GB", "TB")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST_HEADER = 100_000_000  # bytes: the library refuses more
 _LONGEST_INTEGER = 64  # digits; tokenizer_config.json writes "no limit" as an integer of 31
@@ -43,6 +44,12 @@ def listed(items: Iterable[str], separator: str = ", ") -> str:
     items = list(items)
     more = [f"and {len(items) - LISTED} more"] if len(items) > LISTED else []
     return separator.join(items[:LISTED] + more)
+
+
+def size_text(num_bytes: int) -> str:
+    """Write a number of bytes for people, in powers of 1000."""
+    unit = min(max(len(str(num_bytes)) - 1, 0), 3 * len(_UNITS) - 1) // 3
+    return f"{num_bytes / 1000**unit:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"
 
 
 def check_file_name(name: object, field: str) -> str:

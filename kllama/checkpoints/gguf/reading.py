@@ -9,19 +9,18 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
-from kllama.checkpoints.files.reader import FLOAT_DTYPES, LISTED, listed, shown
+from kllama.checkpoints.files.reader import FLOAT_DTYPES, listed, shown
 from kllama.checkpoints.gguf.config import ARCHITECTURES, backbone_arguments, read_architecture, read_fields
 from kllama.checkpoints.gguf.file import GgufFile, is_later_part
 from kllama.checkpoints.gguf.header import GgufTensor, starts_like_gguf
 from kllama.checkpoints.gguf.rope import SCALING_KEYS, TABLES, TYPE, rope_scaling
 from kllama.checkpoints.gguf.tokenizer import GgufTokenizer
-from kllama.checkpoints.name_map import MLP_BIAS, OUT_BIAS, QKV_BIAS, expected_tensors
+from kllama.checkpoints.name_map import MLP_BIAS, OUT_BIAS, QKV_BIAS, expected_tensors, refuse_missing
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 
 SUFFIX = ".gguf"
@@ -122,11 +121,7 @@ class GgufCheckpoint(Checkpoint):
         for part, what in _UNSUPPORTED.items():
             if name := next((name for name in stored if part in name), None):
                 raise UnsupportedError(f"{self.path}: {shown(name)}: {what}, which kllama does not implement.")
-        # Lazily: at most ten missing names are looked for, however many layers the keys claim.
-        expected = expected_tensors(self.backbone_config, self._naming)
-        missing = list(islice((tensor.name for tensor in expected if tensor.name not in stored), LISTED))
-        if missing:
-            raise CheckpointError(f"{self.path}: missing tensors: {listed(missing)}.")
+        refuse_missing(self.backbone_config, stored, self.path, self._naming)
         shapes = {tensor.name: tensor.stored_shape for tensor in expected_tensors(self.backbone_config, self._naming)}
         unused = [name for name in stored if name not in shapes and name not in tables]
         if unused:

@@ -10,7 +10,6 @@ import fnmatch
 import os
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,6 @@ from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
 from kllama.checkpoints.files import manifest
 from kllama.checkpoints.files.reader import (
     FLOAT_DTYPES,
-    LISTED,
     SafetensorsFile,
     StoredTensor,
     check_file_name,
@@ -28,10 +26,11 @@ from kllama.checkpoints.files.reader import (
     listed,
     read_json,
     shown,
+    size_text,
 )
 from kllama.checkpoints.huggingface.config import backbone_config, generation_settings, token_ids
 from kllama.checkpoints.huggingface.tokenizer import SETTINGS, preprocessor_config, tokenizer_config
-from kllama.checkpoints.name_map import expected_tensors, num_parameters
+from kllama.checkpoints.name_map import expected_tensors, num_parameters, refuse_missing
 from kllama.checkpoints.torch_files.archive import TorchArchive
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 
@@ -61,7 +60,7 @@ def is_huggingface(path: str | Path) -> bool:
 
 
 class HuggingFaceCheckpoint(Checkpoint):
-    """An opened Hugging Face directory of model_type "llama".
+    """An opened Hugging Face directory: Llama, Mistral, Qwen2 or Qwen3.
 
     Args:
         path: the directory.
@@ -241,11 +240,7 @@ def _check_tensors(config: dict, stored: dict[str, _Stored], directory: Path, st
     if strictness.unused:  # else only those that are used count, which are known further down
         _check_dtypes(stored, directory)
     _check_bytes(config, stored, directory)
-    # Lazily: at most ten missing names are looked for, however many layers the configuration claims.
-    missing = (tensor.name for tensor in expected_tensors(config) if tensor.name not in stored)
-    missing = list(islice(missing, LISTED))
-    if missing:
-        raise CheckpointError(f"{directory}: missing tensors: {listed(missing)}.")
+    refuse_missing(config, stored, directory)
 
     expected = {tensor.name: tensor.stored_shape for tensor in expected_tensors(config)}
     expected.setdefault(HEAD, expected[EMBEDDINGS])  # a tied file may carry a copy
@@ -272,14 +267,9 @@ def _check_bytes(config: dict, stored: dict[str, _Stored], directory: Path) -> N
     held = sum(place.entry.num_bytes for place in stored.values())
     if needed > 2 * held:
         raise CheckpointError(
-            f"{directory}: config.json needs at least {_size(needed)}, the files hold {_size(held)}. "
+            f"{directory}: config.json needs at least {size_text(needed)}, the files hold {size_text(held)}. "
             "They belong to different models, or files are missing."
         )
-
-
-def _size(num_bytes: int) -> str:
-    unit = min(len(str(num_bytes)) - 1, 12) // 3
-    return f"{num_bytes / 1000**unit:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def _check_shapes(

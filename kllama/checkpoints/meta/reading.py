@@ -11,16 +11,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from kllama.checkpoints.checkpoint import STRICT, Checkpoint, Strictness
-from kllama.checkpoints.files.reader import FLOAT_DTYPES, LISTED, check_file, check_finite, listed, shown
+from kllama.checkpoints.files.reader import FLOAT_DTYPES, check_file, check_finite, listed, shown
 from kllama.checkpoints.meta.params import read_params
-from kllama.checkpoints.name_map import META, ExpectedTensor, expected_tensors
+from kllama.checkpoints.name_map import META, ExpectedTensor, expected_tensors, refuse_missing
 from kllama.checkpoints.torch_files.archive import ArchivedTensor, TorchArchive
 from kllama.errors import CheckpointError, MissingFileError, UnsupportedError
 
@@ -247,10 +246,7 @@ def _join_tensors(
 ) -> dict[str, _Joined]:
     """Say how each tensor of the model is joined; the shards must hold exactly what the model needs."""
     stored = {name: tensor for name, tensor in shards[0].tensors.items() if not name.endswith(IGNORED_SUFFIX)}
-    missing = (tensor.name for tensor in expected_tensors(config, META) if tensor.name not in stored)
-    missing = list(islice(missing, LISTED))
-    if missing:
-        raise CheckpointError(f"{directory}: missing tensors: {listed(missing)}.")
+    refuse_missing(config, stored, directory, META)
     joined = {tensor.name: _join(config, tensor, shards, directory) for tensor in expected_tensors(config, META)}
     unused = sorted(stored.keys() - joined.keys())
     if unused:
