@@ -9,33 +9,55 @@ import keras
 import numpy as np
 
 __all__ = [
+    "RUNS_AHEAD",
     "apply_in_float32",
     "arange",
+    "argmax",
+    "cache_dtype",
     "cast",
     "compile_function",
     "concatenate",
     "concrete",
     "constant",
     "cos",
+    "cumsum",
     "einsum",
+    "exp",
+    "first_true",
+    "full",
     "fused_attention",
+    "grow_slots",
     "keep_variables",
+    "linear",
     "matmul_float32",
     "maximum",
     "one_program",
+    "reduce_all",
+    "reduce_any",
     "reduce_max",
+    "reduce_sum",
+    "repeat_axis",
     "reshape",
     "rms_normalize",
+    "run_while",
     "shape",
     "sin",
+    "slot_attention",
     "softmax",
     "synchronize",
-    "uniform",
+    "take_last",
+    "take_rows",
+    "transpose",
     "where",
+    "write_slots",
 ]
 
-cos, sin, where, maximum, reshape = jnp.cos, jnp.sin, jnp.where, jnp.maximum, jnp.reshape
-einsum, softmax, reduce_max = jnp.einsum, jax.nn.softmax, jnp.max
+RUNS_AHEAD = True
+"""Whether calls return before they are computed; here programs run in the background."""
+
+cos, sin, exp, where, maximum, reshape = jnp.cos, jnp.sin, jnp.exp, jnp.where, jnp.maximum, jnp.reshape
+einsum, softmax, transpose, cumsum = jnp.einsum, jax.nn.softmax, jnp.transpose, jnp.cumsum
+reduce_max, reduce_sum, reduce_all, reduce_any = jnp.max, jnp.sum, jnp.all, jnp.any
 
 
 def one_program(*static: str):
@@ -110,18 +132,96 @@ def concrete(x) -> np.ndarray | None:
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
-def uniform(seed, step, size: tuple[int, ...], like):
-    """Draw float32 numbers in [0, 1) that depend on `seed` (int32 scalar), `step` (int32 scalar) and `size` alone."""
+def argmax(x):
+    """Give the first index of the largest element along the last axis, int32; the size of that axis for NaN."""
+    return first_true(x == jnp.max(x, -1, keepdims=True))
+
+
+def first_true(x):
+    """Give the first index along the last axis where bool `x` is True, int32; else the size of that axis."""
+    # Two reductions that XLA vectorises: its argmax for CPUs takes ten times as long.
+    size = x.shape[-1]
+    return jnp.min(jnp.where(x, jnp.arange(size, dtype="int32"), size), -1)
+
+
+def full(shape, value, dtype, like):
+    """Give a tensor of one value on the device of `like`."""
     del like
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), size)
+    return jnp.full(shape, value, dtype)
 
 
-def compile_function(function, variables, *, is_eager: bool = False, jit_compile: bool = True):
+def take_last(x, lengths):
+    """Give the rows' last real entries: (B, T, D), int32 (B,) -> (B, D)."""
+    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+
+def repeat_axis(x, count: int, axis: int):
+    """Repeat each entry along an axis `count` times, one after another."""
+    return jnp.repeat(x, count, axis)
+
+
+def take_rows(table, ids):
+    """Give the rows of a table (V, D) at int32 ids (B, T): (B, T, D)."""
+    return table[ids]
+
+
+def linear(x, kernel, bias=None):
+    """Multiply (..., D) by (D, F), accumulated in float32 and rounded to x's dtype, and add a bias (F,)."""
+    rows = x.reshape(-1, x.shape[-1])
+    product = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type="float32")
+    product = product.reshape(*x.shape[:-1], kernel.shape[-1]).astype(x.dtype)
+    return product if bias is None else product + bias
+
+
+def cache_dtype(dtype: str) -> str:
+    """Give the dtype in which keys and values of some dtype are kept for later steps."""
+    # XLA for CPUs would widen a bfloat16 cache, write one position, and narrow it again, at each layer and step.
+    return "float32" if jax.default_backend() == "cpu" else dtype
+
+
+def write_slots(cache, new, start):
+    """Write new entries (R, T, H) into a cache (R, S, H) at the slots `start` to `start + T - 1`, in place."""
+    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, start, 0))
+
+
+def grow_slots(cache, num_slots: int):
+    """Give a cache (R, S, H) more slots, of zeros."""
+    return jnp.pad(cache, ((0, 0), (0, num_slots - cache.shape[1]), (0, 0)))
+
+
+def slot_attention(query, keys, values, visible):
+    """Attend to cached slots in float32, scaled by H ** -0.5.
+
+    Args:
+        query: (B, K, Q, H).
+        keys: (B * K, S, H), of any dtype.
+        values: (B * K, S, H), of any dtype.
+        visible: bool (1 or B, 1, 1 or Q, S), True where a query may see a slot.
+
+    Returns:
+        Context (B, K, Q, H) in query's dtype.
+    """
+    rows, (*_, head_dim) = keys.shape[0], query.shape
+    heads = query.reshape(rows, -1, head_dim)
+    scores = jnp.einsum("rqh,rsh->rqs", heads, keys, preferred_element_type="float32") * head_dim**-0.5
+    scores = jnp.where(visible, scores.reshape(*query.shape[:3], -1), -1e30)
+    probabilities = jax.nn.softmax(scores, -1).reshape(rows, -1, keys.shape[1])
+    context = jnp.einsum("rqs,rsh->rqh", probabilities, values, preferred_element_type="float32")
+    return context.reshape(query.shape).astype(query.dtype)
+
+
+def run_while(is_running, step, state):
+    """Give the state after `state = step(state)` was done for as long as `is_running(state)`."""
+    return jax.lax.while_loop(is_running, step, state)
+
+
+def compile_function(function, variables, *, donates: bool = False, is_eager: bool = False, jit_compile: bool = True):
     """Compile `function(*arrays)`, which reads Keras variables.
 
     Args:
         function: a pure function of nested arrays, traced once for each set of shapes.
         variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+        donates: whether the memory of the first argument may be used for the result: the caller gives it away.
         is_eager: whether to leave it as it is, so that it can be debugged.
         jit_compile: whether to compile it with XLA; JAX knows no other way and always does.
     """
@@ -129,7 +229,7 @@ def compile_function(function, variables, *, is_eager: bool = False, jit_compile
     if is_eager:
         return function
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=1 if donates else ())
     def traced(values, *arrays):
         with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
             return function(*arrays)

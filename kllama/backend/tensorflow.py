@@ -4,36 +4,59 @@ import contextlib
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 
 __all__ = [
+    "RUNS_AHEAD",
     "apply_in_float32",
     "arange",
+    "argmax",
+    "cache_dtype",
     "cast",
     "compile_function",
     "concatenate",
     "concrete",
     "constant",
     "cos",
+    "cumsum",
     "einsum",
+    "exp",
+    "first_true",
+    "full",
     "fused_attention",
+    "grow_slots",
     "keep_variables",
+    "linear",
     "matmul_float32",
     "maximum",
     "one_program",
+    "reduce_all",
+    "reduce_any",
     "reduce_max",
+    "reduce_sum",
+    "repeat_axis",
     "reshape",
     "rms_normalize",
+    "run_while",
     "shape",
     "sin",
+    "slot_attention",
     "softmax",
     "synchronize",
-    "uniform",
+    "take_last",
+    "take_rows",
+    "transpose",
     "where",
+    "write_slots",
 ]
 
-cos, sin, where, maximum, cast = tf.cos, tf.sin, tf.where, tf.maximum, tf.cast
+RUNS_AHEAD = False
+"""Whether calls return before they are computed; here a call ends when its program has."""
+
+cos, sin, exp, where, maximum, cast = tf.cos, tf.sin, tf.exp, tf.where, tf.maximum, tf.cast
 einsum, softmax, concatenate, reshape = tf.einsum, tf.nn.softmax, tf.concat, tf.reshape
-reduce_max = tf.reduce_max
+transpose, cumsum = tf.transpose, tf.cumsum
+reduce_max, reduce_sum, reduce_all, reduce_any = tf.reduce_max, tf.reduce_sum, tf.reduce_all, tf.reduce_any
 
 # TensorFlow has no fused attention with grouped heads (and `keras.ops.dot_product_attention` fails on one key/value
 # head), so `core/attention.py` takes its own path here.
@@ -89,23 +112,102 @@ def concrete(x) -> np.ndarray | None:
     return x.numpy() if tf.is_tensor(x) and hasattr(x, "numpy") else None
 
 
-def uniform(seed, step, size: tuple[int, ...], like):
-    """Draw float32 numbers in [0, 1) that depend on `seed` (int32 scalar), `step` (int32 scalar) and `size` alone."""
+def argmax(x):
+    """Give the first index of the largest element along the last axis, int32; the size of that axis for NaN."""
+    return first_true(tf.equal(x, tf.reduce_max(x, -1, keepdims=True)))
+
+
+def first_true(x):
+    """Give the first index along the last axis where bool `x` is True, int32; else the size of that axis."""
+    # Two reductions that XLA vectorises: its argmax for CPUs takes ten times as long.
+    size = x.shape[-1]
+    return tf.reduce_min(tf.where(x, tf.range(size), size), -1)
+
+
+def full(shape, value, dtype, like):
+    """Give a tensor of one value on the device of `like`."""
     del like
-    return tf.random.stateless_uniform(size, seed=tf.stack([seed, step]))
+    return tf.fill(shape, tf.cast(value, dtype))
 
 
-def compile_function(function, variables, *, is_eager: bool = False, jit_compile: bool = True):
+def take_last(x, lengths):
+    """Give the rows' last real entries: (B, T, D), int32 (B,) -> (B, D)."""
+    return tf.gather(x, lengths - 1, axis=1, batch_dims=1)
+
+
+def repeat_axis(x, count: int, axis: int):
+    """Repeat each entry along an axis `count` times, one after another."""
+    return tf.repeat(x, count, axis)
+
+
+def take_rows(table, ids):
+    """Give the rows of a table (V, D) at int32 ids (B, T): (B, T, D)."""
+    return tf.gather(table, ids)
+
+
+def linear(x, kernel, bias=None):
+    """Multiply (..., D) by (D, F), accumulated in float32 and rounded to x's dtype, and add a bias (F,)."""
+    rows = tf.reshape(x, (-1, x.shape[-1]))
+    product = tf.reshape(tf.matmul(rows, kernel), (*shape(x)[:-1], kernel.shape[-1]))
+    return product if bias is None else product + bias
+
+
+def cache_dtype(dtype: str) -> str:
+    """Give the dtype in which keys and values of some dtype are kept for later steps."""
+    return dtype
+
+
+def write_slots(cache, new, start):
+    """Write new entries (R, T, H) into a cache (R, S, H) at the slots `start` to `start + T - 1`, in place."""
+    return dynamic_update_slice(cache, tf.cast(new, cache.dtype), tf.stack([0, start, 0]))
+
+
+def grow_slots(cache, num_slots: int):
+    """Give a cache (R, S, H) more slots, of zeros."""
+    return tf.pad(cache, ((0, 0), (0, num_slots - cache.shape[1]), (0, 0)))
+
+
+def slot_attention(query, keys, values, visible):
+    """Attend to cached slots in float32, scaled by H ** -0.5.
+
+    Args:
+        query: (B, K, Q, H).
+        keys: (B * K, S, H), of any dtype.
+        values: (B * K, S, H), of any dtype.
+        visible: bool (1 or B, 1, 1 or Q, S), True where a query may see a slot.
+
+    Returns:
+        Context (B, K, Q, H) in query's dtype.
+    """
+    rows, num_slots, head_dim = keys.shape
+    heads, keys, values = (tf.cast(x, "float32") for x in (tf.reshape(query, (rows, -1, head_dim)), keys, values))
+    scores = tf.matmul(heads, keys, transpose_b=True) * head_dim**-0.5
+    scores = tf.where(visible, tf.reshape(scores, (*query.shape[:3], num_slots)), -1e30)
+    probabilities = tf.reshape(tf.nn.softmax(scores, -1), (rows, -1, num_slots))
+    return tf.cast(tf.reshape(tf.matmul(probabilities, values), query.shape), query.dtype)
+
+
+def run_while(is_running, step, state):
+    """Give the state after `state = step(state)` was done for as long as `is_running(state)`."""
+    return tf.while_loop(lambda *state: is_running(state[0]), lambda *state: (step(state[0]),), (state,))[0]
+
+
+def compile_function(function, variables, *, donates: bool = False, is_eager: bool = False, jit_compile: bool = True):
     """Compile `function(*arrays)`, which reads Keras variables.
 
     Args:
         function: a pure function of nested arrays, traced once for each set of shapes.
         variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+        donates: whether the first argument may be used up; TensorFlow cannot, and never does.
         is_eager: whether to leave it as it is, so that it can be debugged.
         jit_compile: whether to compile it with XLA.
     """
-    del variables  # A tf.function reads its variables at each call.
-    return function if is_eager else tf.function(function, jit_compile=jit_compile, reduce_retracing=False)
+    del variables, donates  # A tf.function reads its variables at each call.
+    return (
+        function
+        if is_eager
+        else tf.function(function, jit_compile=jit_compile, reduce_retracing=False, autograph=False)
+    )
 
 
 def synchronize(model) -> None:

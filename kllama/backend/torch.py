@@ -7,33 +7,57 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
+    "RUNS_AHEAD",
     "apply_in_float32",
     "arange",
+    "argmax",
+    "cache_dtype",
     "cast",
     "compile_function",
     "concatenate",
     "concrete",
     "constant",
     "cos",
+    "cumsum",
     "einsum",
+    "exp",
+    "first_true",
+    "full",
     "fused_attention",
+    "grow_slots",
     "keep_variables",
+    "linear",
     "matmul_float32",
     "maximum",
     "one_program",
+    "reduce_all",
+    "reduce_any",
     "reduce_max",
+    "reduce_sum",
+    "repeat_axis",
     "reshape",
     "rms_normalize",
+    "run_while",
     "shape",
     "sin",
+    "slot_attention",
     "softmax",
     "synchronize",
-    "uniform",
+    "take_last",
+    "take_rows",
+    "transpose",
     "where",
+    "write_slots",
 ]
 
-cos, sin, where, einsum, reshape = torch.cos, torch.sin, torch.where, torch.einsum, torch.reshape
-reduce_max = torch.amax
+RUNS_AHEAD = False
+"""Whether calls return before they are computed; here operations on a CPU end before they return."""
+
+_FEW_ROWS, _LARGE_KERNEL = 16, 2**17  # rows and elements, by measurement; see benchmarks/README.md
+
+cos, sin, exp, where, einsum, reshape = torch.cos, torch.sin, torch.exp, torch.where, torch.einsum, torch.reshape
+transpose, cumsum = torch.permute, torch.cumsum
+reduce_max, reduce_sum, reduce_all, reduce_any = torch.amax, torch.sum, torch.all, torch.any
 
 
 def one_program(*static: str):
@@ -94,7 +118,7 @@ def matmul_float32(x, kernel, transpose: bool = False):
     """
     # A half-precision product is rounded once before it is widened, as in transformers: PyTorch's CPU matmul has no
     # wider result type, and widening the (D, V) kernel instead would copy the largest matrix of the model.
-    return torch.matmul(x, kernel.T if transpose else kernel).float()
+    return _product(x, kernel.T if transpose else kernel).float()
 
 
 def fused_attention(query, key, value, mask=None, is_causal: bool = False):
@@ -112,14 +136,99 @@ def concrete(x) -> np.ndarray | None:
     return x.detach().cpu().numpy()
 
 
-def uniform(seed, step, size: tuple[int, ...], like):
-    """Draw float32 numbers in [0, 1) that depend on `seed` (int32 scalar), `step` (int32 scalar) and `size` alone."""
-    # Counter-based, as JAX's and TensorFlow's: PyTorch's own CPU generator reads only 32 bits of a seed.
-    generator = np.random.Generator(np.random.Philox(key=int(seed), counter=int(step)))
-    return torch.as_tensor(generator.random(size, dtype="float32"), device=like.device)
+def argmax(x):
+    """Give the first index of the largest element along the last axis, int32; the size of that axis for NaN."""
+    largest, index = torch.max(x, -1)
+    return torch.where(largest == largest, index, x.shape[-1]).int()
 
 
-def compile_function(function, variables, *, is_eager: bool = False, jit_compile: bool = True):
+def first_true(x):
+    """Give the first index along the last axis where bool `x` is True, int32; else the size of that axis."""
+    found, index = torch.max(x, -1)
+    return torch.where(found, index, x.shape[-1]).int()
+
+
+def full(shape, value, dtype, like):
+    """Give a tensor of one value on the device of `like`."""
+    return torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device)
+
+
+def take_last(x, lengths):
+    """Give the rows' last real entries: (B, T, D), int32 (B,) -> (B, D)."""
+    return x[torch.arange(x.shape[0], device=x.device), lengths.long() - 1]
+
+
+def repeat_axis(x, count: int, axis: int):
+    """Repeat each entry along an axis `count` times, one after another."""
+    return torch.repeat_interleave(x, count, axis)
+
+
+def take_rows(table, ids):
+    """Give the rows of a table (V, D) at int32 ids (B, T): (B, T, D)."""
+    return F.embedding(ids, table)
+
+
+def linear(x, kernel, bias=None):
+    """Multiply (..., D) by (D, F), accumulated in float32 and rounded to x's dtype, and add a bias (F,)."""
+    product = _product(x, kernel)
+    return product if bias is None else product + bias
+
+
+def _product(x, kernel):
+    """Multiply (..., D) by (D, F); a few rows by all threads.
+
+    MKL multiplies a few float32 rows on one thread, which cannot read the kernel as fast as the memory gives it. Parts
+    of the sum, one for each thread, are a batch of products, and these run side by side.
+    """
+    num_rows, num_parts = x.numel() // x.shape[-1], torch.get_num_threads()
+    is_few = num_rows <= _FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
+    if not is_few or num_parts == 1 or kernel.shape[0] % num_parts or kernel.numel() < _LARGE_KERNEL:
+        return torch.matmul(x, kernel)
+    parts = x.reshape(num_rows, num_parts, -1).transpose(0, 1)
+    product = torch.bmm(parts, kernel.unflatten(0, (num_parts, -1))).sum(0)
+    return product.view(*x.shape[:-1], -1)
+
+
+def cache_dtype(dtype: str) -> str:
+    """Give the dtype in which keys and values of some dtype are kept for later steps."""
+    return dtype
+
+
+def write_slots(cache, new, start):
+    """Write new entries (R, T, H) into a cache (R, S, H) at the slots `start` to `start + T - 1`, in place."""
+    slots = start if new.shape[1] == 1 else start + torch.arange(new.shape[1], device=cache.device)
+    return cache.index_copy_(1, slots.reshape(-1).long(), new.to(cache.dtype))
+
+
+def grow_slots(cache, num_slots: int):
+    """Give a cache (R, S, H) more slots, of zeros."""
+    return F.pad(cache, (0, 0, 0, num_slots - cache.shape[1]))
+
+
+def slot_attention(query, keys, values, visible):
+    """Attend to cached slots in float32, scaled by H ** -0.5.
+
+    Args:
+        query: (B, K, Q, H).
+        keys: (B * K, S, H), of any dtype.
+        values: (B * K, S, H), of any dtype.
+        visible: bool (1 or B, 1, 1 or Q, S), True where a query may see a slot.
+
+    Returns:
+        Context (B, K, Q, H) in query's dtype.
+    """
+    keys, values = (x.view(*query.shape[:2], *x.shape[1:]) for x in (keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, visible)
+
+
+def run_while(is_running, step, state):
+    """Give the state after `state = step(state)` was done for as long as `is_running(state)`."""
+    while is_running(state):
+        state = step(state)
+    return state
+
+
+def compile_function(function, variables, *, donates: bool = False, is_eager: bool = False, jit_compile: bool = True):
     """Compile `function(*arrays)`, which reads Keras variables.
 
     PyTorch runs it as it is, without gradients: its variables are read at each call.
@@ -127,11 +236,12 @@ def compile_function(function, variables, *, is_eager: bool = False, jit_compile
     Args:
         function: a pure function of nested arrays.
         variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
+        donates: whether the first argument may be changed in place: the caller gives it away.
         is_eager: whether to leave it as it is, so that it can be debugged.
         jit_compile: whether to compile it with XLA, which PyTorch has not.
     """
-    del variables, is_eager, jit_compile
-    return torch.no_grad()(function)
+    del variables, donates, is_eager, jit_compile
+    return torch.inference_mode()(function)
 
 
 def synchronize(model) -> None:

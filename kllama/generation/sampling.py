@@ -89,21 +89,20 @@ def sampling_of(sampler) -> Sampling | None:
     return None
 
 
-def choose(logits, plan: SamplingPlan, values, seed, step):
+def choose(logits, plan: SamplingPlan, values, noise):
     """Choose one token for each row.
 
     Args:
         logits: float32 (B, V).
         plan: `Sampling.plan`.
         values: `Sampling.values`, three numbers or a float32 (3,).
-        seed: int32 scalar; the same seed and step give the same noise.
-        step: int32 scalar, the position that is being filled.
+        noise: float32 (B,), uniform in [0, 1).
 
     Returns:
         int32 (B,).
     """
     if plan.is_greedy:
-        return ops.cast(ops.argmax(logits, axis=-1), "int32")
+        return backend.argmax(logits)
     temperature, top_p, min_p = values[0], values[1], values[2]
     logits = logits / temperature
     if plan.top_k is not None:
@@ -112,7 +111,7 @@ def choose(logits, plan: SamplingPlan, values, seed, step):
         logits = keep_top_p(logits, top_p)
     if plan.cuts_min_p:
         logits = keep_min_p(logits, min_p)
-    return draw(logits, seed, step)
+    return draw(logits, noise)
 
 
 def keep_top_k(logits, k: int):
@@ -135,8 +134,12 @@ def keep_min_p(logits, p):
     return ops.where(logits < ops.max(logits, axis=-1, keepdims=True) + ops.log(p), REMOVED, logits)
 
 
-def draw(logits, seed, step):
-    """Draw a token of each row from the softmax of its logits, by the Gumbel-max trick; (B, V) -> int32 (B,)."""
-    noise = backend.uniform(seed, step, backend.shape(logits), logits)
-    gumbel = -ops.log(-ops.log(ops.clip(noise, 1e-20, 1 - 1e-7)))
-    return ops.cast(ops.argmax(logits + gumbel, axis=-1), "int32")
+def draw(logits, noise):
+    """Draw a token of each row from the softmax of its logits: the one at which the probabilities before reach `noise`.
+
+    (B, V) and float32 (B,) in [0, 1) -> int32 (B,).
+    """
+    masses = backend.exp(logits - backend.reduce_max(logits, -1)[:, None])
+    sums = backend.cumsum(masses, -1)
+    total = backend.reduce_max(sums, -1)
+    return backend.first_true((masses > 0) & (sums > (noise * total)[:, None]))

@@ -72,7 +72,7 @@ class LlamaDecoderLayer(keras.layers.Layer):
         self.qk_norm = qk_norm
         self.mlp_bias = mlp_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self._activation_function = get_activation(activation)
+        self.activation_function = get_activation(activation)
 
     def build(self, hidden_states_shape):
         *batch_shape, hidden_dim = hidden_states_shape
@@ -136,7 +136,7 @@ class LlamaDecoderLayer(keras.layers.Layer):
             gate=self.feedforward_gate_dense,
             up=self.feedforward_intermediate_dense,
             down=self.feedforward_output_dense,
-            activation=self._activation_function,
+            activation=self.activation_function,
         )
         hidden_states, cache = decoder_block(
             hidden_states, self.self_attention_layernorm, attend, self.feedforward_layernorm, feed

@@ -49,10 +49,15 @@ class RotaryEmbedding(keras.layers.Layer):
         positions = backend.arange(backend.shape(token_ids)[1], token_ids)
         if length is None and self._frequencies.depends_on_length:
             length = self._num_real_positions(positions, padding_mask) + start_index
-        frequencies = self._frequencies.at(length, token_ids)
-        return rotary_tables(
-            positions + start_index, frequencies, self._frequencies.attention_factor, self.compute_dtype
-        )
+        return self.tables(positions + start_index, self.frequencies(length, token_ids))
+
+    def frequencies(self, length, like):
+        """Give the inverse frequencies, float32 (H / 2,), for those types that depend on it of `length` positions."""
+        return self._frequencies.at(length, like)
+
+    def tables(self, positions, frequencies) -> tuple:
+        """Give `(cos, sin)` of absolute positions (T,) or (B, T), each (1 or B, T, 1, H / 2) in the compute dtype."""
+        return rotary_tables(positions, frequencies, self._frequencies.attention_factor, self.compute_dtype)
 
     def _num_real_positions(self, positions, padding_mask):
         if padding_mask is None:

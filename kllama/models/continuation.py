@@ -10,7 +10,10 @@ import functools
 import numpy as np
 from keras import ops
 
-from kllama.generation import plain_loop
+from kllama.generation import engine, plain_loop
+from kllama.generation.decoding import Decoding, Request
+from kllama.generation.network import Network
+from kllama.generation.noise import uniform_numbers
 from kllama.generation.programs import Programs
 from kllama.generation.sampling import Sampling, choose
 from kllama.models.generate_arguments import refuse_call_settings, resolve_sampling, resolve_seed
@@ -42,7 +45,35 @@ def continue_prompts(model, prompts, limits: np.ndarray, stop_token_ids: list[in
         refuse_call_settings({"seed": seed}, type(model.sampler).__name__)
         return _write_by_protocol(model, function, prompts, limits, stop_token_ids)
     seed = resolve_seed(seed, model._chosen_sampler)
-    return _write_plainly(model, function, prompts, limits, stop_token_ids, sampling, seed)
+    if model._overrides("call_with_cache"):
+        return _write_plainly(model, function, prompts, limits, stop_token_ids, sampling, seed)
+    return _write_fast(model, function, prompts, limits, stop_token_ids, sampling, seed)
+
+
+def _write_fast(model, programs, prompts, limits, stop_token_ids, sampling: Sampling, seed: int):
+    max_new = limits - prompts.lengths
+    token_ids, lengths = prompts.padded(int(limits.max())), prompts.lengths
+    going = np.flatnonzero(max_new > 0)
+    if not going.size:
+        return token_ids, lengths
+    # A model may have more embedding rows than its tokenizer has tokens; text can be made of tokens only.
+    num_tokens = prompts.num_tokens or model.backbone.vocabulary_size
+    rows = [prompts.rows[row] for row in going]
+    request = Request(rows, max_new[going], tuple(stop_token_ids), sampling, seed, num_tokens)
+    for chunk in Decoding(functools.partial(_compiled, model, programs), request):
+        for row, new in zip(going, chunk, strict=True):
+            new = new[new >= 0]
+            token_ids[row, lengths[row] : lengths[row] + len(new)] = new
+            lengths[row] += len(new)
+    return token_ids, lengths
+
+
+def _compiled(model, programs, function, **settings):
+    def run(*arrays):
+        return function(Network(model.backbone), *arrays, **settings)
+
+    options = {"is_eager": model.run_eagerly, "jit_compile": bool(model.jit_compile)}
+    return programs.get((function, *settings.values()), run, donates=function is engine.decode, **options)
 
 
 def _write_plainly(model, programs, prompts, limits, stop_token_ids, sampling: Sampling, seed: int):
@@ -52,13 +83,14 @@ def _write_plainly(model, programs, prompts, limits, stop_token_ids, sampling: S
     options = {"is_eager": model.run_eagerly, "jit_compile": bool(model.jit_compile)}
     decoder = programs.get(tuple(settings.values()), functools.partial(decode, model, **settings), **options)
     token_ids = prompts.padded(plain_loop.bucket(int(limits.max())))
-    arrays = token_ids, prompts.lengths, limits, np.asarray(stop_token_ids, "int32"), np.int32(seed)
+    arrays = token_ids, prompts.lengths, limits, np.asarray(stop_token_ids, "int32")
     arrays = [ops.convert_to_tensor(array, "int32") for array in arrays]
-    token_ids, lengths = decoder(*arrays, ops.convert_to_tensor(sampling.values, "float32"))
+    floats = uniform_numbers(seed, range(len(prompts.rows)), 0, token_ids.shape[1]), sampling.values
+    token_ids, lengths = decoder(*arrays, *(ops.convert_to_tensor(array, "float32") for array in floats))
     return ops.convert_to_numpy(token_ids), ops.convert_to_numpy(lengths)
 
 
-def decode(model, token_ids, lengths, limits, stop_token_ids, seed, values, *, plan, prompt_width, num_tokens):
+def decode(model, token_ids, lengths, limits, stop_token_ids, noise, values, *, plan, prompt_width, num_tokens):
     """Run the plain loop over a model; a pure function of arrays, traced once for each bucket of lengths.
 
     Args:
@@ -67,7 +99,7 @@ def decode(model, token_ids, lengths, limits, stop_token_ids, seed, values, *, p
         lengths: int32 (B,), the prompts' lengths.
         limits: int32 (B,), the length at which each row ends.
         stop_token_ids: int32 (any number,).
-        seed: int32 scalar.
+        noise: float32 (B, S), one number for each token after a prompt.
         values: float32 (3,), `Sampling.values`.
         plan: `Sampling.plan`.
         prompt_width: how many positions the prompts take at most.
@@ -85,7 +117,8 @@ def decode(model, token_ids, lengths, limits, stop_token_ids, seed, values, *, p
         return logits[:, -1, :num_tokens], cache
 
     def choose_one(logits, index):
-        return choose(logits, plan, values, seed, index)
+        column = ops.maximum(index - lengths, 0)[:, None]
+        return choose(logits, plan, values, ops.take_along_axis(noise, column, axis=1)[:, 0])
 
     return plain_loop.decode(step, choose_one, token_ids, cache, lengths, limits, stop_token_ids)
 

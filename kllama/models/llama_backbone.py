@@ -187,8 +187,8 @@ class LlamaBackbone(keras_hub.models.Backbone):
             dtype=dtype,
             name="rotary_embedding",
         )
-        self._windows = layer_windows(config.num_layers, config.sliding_window, config.layer_types)
-        if None in self._windows:
+        self.windows = layer_windows(config.num_layers, config.sliding_window, config.layer_types)
+        if None in self.windows:
             self.causal_mask = CausalMask(dtype=dtype, name="causal_mask")
         if config.sliding_window is not None:
             self.sliding_mask = CausalMask(config.sliding_window, dtype=dtype, name="sliding_mask")
@@ -273,9 +273,9 @@ class LlamaBackbone(keras_hub.models.Backbone):
         """Make the mask of each layer; layers with the same window share one."""
         made = {
             window: make(self.causal_mask if window is None else self.sliding_mask)
-            for window in dict.fromkeys(self._windows)
+            for window in dict.fromkeys(self.windows)
         }
-        return [made[window] for window in self._windows]
+        return [made[window] for window in self.windows]
 
     def _empty_cache(self, token_ids, num_slots: int | None = None):
         """Give a cache of zeros for sequences (B, T): (B, L, 2, S, K, H), where S is `num_slots`, or T."""

@@ -1,0 +1,191 @@
+"""The engine: prompts are read once, in a bucket of lengths, and continued in chunks of steps.
+
+    prompts -> prefill -> decode -> decode -> ...
+
+`prefill` and `decode` are pure functions of arrays, compiled by `backend.compile_function`; `kllama.generation.decoder`
+calls them. Every number that may change between calls is an array, so a program is made for shapes alone.
+"""
+
+from typing import NamedTuple
+
+from kllama import backend
+from kllama.core.attention import scaled_dot_product
+from kllama.core.masks import cached_causal_mask, causal_mask
+from kllama.generation import kv_cache
+from kllama.generation.network import Network
+from kllama.generation.sampling import SamplingPlan, choose
+
+CHUNK = 64
+"""How many steps a call of `decode` makes at most."""
+
+
+class Inputs(NamedTuple):
+    """What stays the same while a batch is continued.
+
+    Attributes:
+        lengths: int32 (B,), the prompts' lengths, at least 1.
+        max_new: int32 (B,), how many tokens each row gets at most.
+        stop_token_ids: int32 (any number,): a row ends with the first of them that it is given. -1 is none.
+        values: float32 (3,), `Sampling.values`.
+    """
+
+    lengths: object
+    max_new: object
+    stop_token_ids: object
+    values: object
+
+
+class State(NamedTuple):
+    """A batch that is being continued; used up by the step that makes the next one of it.
+
+    Attributes:
+        caches: for each layer its keys and values; see `kv_cache`.
+        token: int32 (B,), the token that each row was given last, which no cache holds yet.
+        num_new: int32 scalar, how many tokens a row that still runs has been given.
+        is_done: bool (B,), whether a row has ended.
+    """
+
+    caches: list
+    token: object
+    num_new: object
+    is_done: object
+
+
+def prefill(network: Network, token_ids, inputs: Inputs, noise, *, num_slots: int, plan: SamplingPlan, num_tokens: int):
+    """Read prompts and choose the first token after each.
+
+    Args:
+        network: the model.
+        token_ids: int32 (B, T), the prompts, padded on the right.
+        inputs: see there.
+        noise: float32 (B, CHUNK).
+        num_slots: S, at least T.
+        plan: how tokens are chosen.
+        num_tokens: ids from here on are never chosen.
+
+    Returns:
+        `(state, written int32 (B, CHUNK))`.
+    """
+    lengths = inputs.lengths
+    positions = backend.arange(token_ids.shape[1], lengths)[None]
+    masks = {window: causal_mask(token_ids, None, window) for window in set(network.windows)}
+
+    def attend(query, key, value, layer):
+        context = scaled_dot_product(query, key, value, masks[network.windows[layer]], is_causal=True)
+        return context, kv_cache.make(key, value, num_slots)
+
+    hidden_states, caches = network.run(token_ids, positions, backend.reduce_max(lengths), attend)
+    return _begin(network, hidden_states, lengths, caches, inputs, noise, plan, num_tokens)
+
+
+def extend(
+    network: Network, caches: list, token_ids, start, inputs: Inputs, noise, *, plan: SamplingPlan, num_tokens: int
+):
+    """Read what follows on a prompt that the caches hold already, and choose the first token after it; B is 1.
+
+    Args:
+        network: the model.
+        caches: of a state; used up.
+        token_ids: int32 (1, T), padded on the right.
+        start: int32 scalar, how many positions of the caches hold; start + T is at most S.
+        inputs: see there; `lengths` are those of the whole prompt.
+        noise: float32 (1, CHUNK).
+        plan: how tokens are chosen.
+        num_tokens: ids from here on are never chosen.
+
+    Returns:
+        `(state, written int32 (1, CHUNK))`.
+    """
+    hidden_states, caches = run_on(network, caches, token_ids, start, inputs.lengths[0])
+    return _begin(network, hidden_states, inputs.lengths - start, caches, inputs, noise, plan, num_tokens)
+
+
+def run_on(network: Network, caches: list, token_ids, start, length):
+    """Run new tokens of one sequence, whose position is their slot, through the network.
+
+    Args:
+        network: the model.
+        caches: hold the positions before `start`; used up.
+        token_ids: int32 (1, T).
+        start: int32 scalar, the position of the first of them; start + T is at most S.
+        length: int32 scalar, of the sequence that the frequencies are for, where they depend on it.
+
+    Returns:
+        `(hidden states (1, T, D), caches)`.
+    """
+    num_slots = caches[0][0].shape[1]
+    positions = (backend.arange(token_ids.shape[1], token_ids) + start)[None]
+    visible = {w: cached_causal_mask(token_ids, num_slots, start, w)[:, 0] for w in set(network.windows)}
+
+    def attend(query, key, value, layer):
+        written = kv_cache.write(caches[layer], key, value, start)
+        return kv_cache.attend(query, written, visible[network.windows[layer]]), written
+
+    return network.run(token_ids, positions, length, attend)
+
+
+def decode(network: Network, state: State, inputs: Inputs, noise, num_steps, *, plan: SamplingPlan, num_tokens: int):
+    """Give each row that still runs up to `num_steps` more tokens.
+
+    Args:
+        network: the model.
+        state: used up.
+        inputs: see there.
+        noise: float32 (B, CHUNK), one number for each token.
+        num_steps: int32 scalar, at most CHUNK.
+        plan: how tokens are chosen.
+        num_tokens: ids from here on are never chosen.
+
+    Returns:
+        `(state, written int32 (B, CHUNK))`: what each row was given, then -1.
+    """
+    start = state.num_new
+
+    def is_running(carry):
+        state, _ = carry
+        return (state.num_new < start + num_steps) & ~backend.reduce_all(state.is_done)
+
+    def step(carry):
+        state, written = carry
+        hidden_states, caches = _run_last(network, state, inputs.lengths)
+        state = state._replace(caches=caches)
+        logits = network.logits(hidden_states[:, 0])
+        return _give(state, written, logits, inputs, noise, state.num_new - start, plan, num_tokens)
+
+    return backend.run_while(is_running, step, (state, _nothing(noise)))
+
+
+def _run_last(network: Network, state: State, lengths):
+    """Run the token that each row was given last through the network: `(hidden states (B, 1, D), caches)`."""
+    index, first = state.num_new - 1, backend.reduce_max(lengths)
+    num_slots = state.caches[0][0].shape[1]
+    visible = {w: kv_cache.visible_slots(num_slots, lengths, first, index, w) for w in set(network.windows)}
+
+    def attend(query, key, value, layer):
+        written = kv_cache.write(state.caches[layer], key, value, first + index)
+        return kv_cache.attend(query, written, visible[network.windows[layer]]), written
+
+    return network.run(state.token[:, None], (lengths + index)[:, None], first, attend)
+
+
+def _begin(network, hidden_states, num_read, caches, inputs, noise, plan, num_tokens):
+    """Make the state after a prompt, of which the last `num_read` int32 (B,) tokens were read just now."""
+    logits = network.logits(backend.take_last(hidden_states, num_read))
+    state = State(caches, inputs.lengths, inputs.lengths[0] * 0, inputs.lengths < 0)
+    return _give(state, _nothing(noise), logits, inputs, noise, 0, plan, num_tokens)
+
+
+def _give(state, written, logits, inputs, noise, column, plan, num_tokens):
+    """Choose a token for each row that still runs, and note it in a column of `written`."""
+    here = backend.arange(CHUNK, logits)[None] == column
+    now = backend.reduce_sum(backend.where(here, noise, 0.0), -1)
+    token = choose(logits[:, :num_tokens], plan, inputs.values, now)
+    written = backend.where(here, backend.where(state.is_done, -1, token)[:, None], written)
+    num_new = state.num_new + 1
+    is_stop = backend.reduce_any(token[:, None] == inputs.stop_token_ids[None], -1)
+    is_done = state.is_done | is_stop | (num_new >= inputs.max_new)
+    return State(state.caches, token, num_new, is_done), written
+
+
+def _nothing(noise):
+    return backend.full(tuple(noise.shape), -1, "int32", noise)

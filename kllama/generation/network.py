@@ -1,0 +1,136 @@
+"""The forward pass that the engine runs: the blocks of `core/`, over the tensors of a model instead of its layers.
+
+A `Network` is a view of a model's variables, made inside each compiled program and gone with it, so it cannot be stale:
+on JAX and TensorFlow programs take the variables' values at each call, on PyTorch each call makes a new view. Layers
+with a plain kernel become a product over that kernel; what else stands in a projection's place (quantised layers, say)
+is called as it is.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import keras
+
+from kllama import backend
+from kllama.core.attention import attention
+from kllama.core.decoder_block import decoder_block
+from kllama.core.feed_forward import feed_forward
+from kllama.core.normalization import rms_norm
+
+
+class Network:
+    """The parts of a Llama as functions of arrays.
+
+    Args:
+        backbone: a `LlamaBackbone`.
+
+    Attributes:
+        windows: for each layer the number of positions that a query sees at most, or None for all.
+    """
+
+    def __init__(self, backbone):
+        self._backbone = backbone
+        self._scale = backbone.layer_norm.scale.value  # some tensor that lies where all of them lie
+        self._rotary = backbone.rotary_embedding
+        self._frequencies = None if self._rotary.depends_on_length else self._rotary.frequencies(None, self._scale)
+        self._final_norm = _normalization(backbone.layer_norm)
+        self._head = _head(backbone.token_embedding)
+        self._blocks = [_block(layer) for layer in backbone.transformer_layers]
+        self.windows = backbone.windows
+
+    def run(self, token_ids, positions, length, attend: Callable) -> tuple:
+        """Run tokens through all blocks.
+
+        Args:
+            token_ids: int32 (B, T).
+            positions: their absolute positions, int32 (1 or B, T).
+            length: int32 scalar, of the sequences that the rotary frequencies are for, where they depend on it.
+            attend: function (query, key, value, number of the layer) -> (context, memory); see
+                `kllama.core.attention.attention`.
+
+        Returns:
+            `(hidden states (B, T, D), the memory of each layer)`.
+        """
+        rotary = self._rotary.tables(positions, self._frequencies_for(length))
+        x, memories = self._embed(token_ids), []
+        for layer, block in enumerate(self._blocks):
+            x, memory = block(x, rotary, functools.partial(attend, layer=layer))
+            memories.append(memory)
+        return x, memories
+
+    def _frequencies_for(self, length):
+        return self._rotary.frequencies(length, self._scale) if self._frequencies is None else self._frequencies
+
+    def _embed(self, token_ids):
+        layer = self._backbone.token_embedding
+        if layer.quantization_mode is not None or layer.lora_enabled:
+            return layer(token_ids)
+        return backend.cast(backend.take_rows(layer.embeddings.value, token_ids), layer.compute_dtype)
+
+    def logits(self, hidden_states):
+        """Give float32 logits (..., V) of hidden states (..., D) that the blocks have left."""
+        return self._head(self._final_norm(hidden_states))
+
+
+def _block(layer) -> Callable:
+    attend = layer.self_attention
+    query, key = _projection(attend.query), _projection(attend.key)
+    if attend.qk_norm_epsilon is not None:
+        query = _composed(_normalization(attend.query_norm), query)
+        key = _composed(_normalization(attend.key_norm), key)
+    value, output = _projection(attend.value), _projection(attend.attention_output)
+    feed = functools.partial(
+        feed_forward,
+        gate=_projection(layer.feedforward_gate_dense),
+        up=_projection(layer.feedforward_intermediate_dense),
+        down=_projection(layer.feedforward_output_dense),
+        activation=layer.activation_function,
+    )
+    norms = _normalization(layer.self_attention_layernorm), _normalization(layer.feedforward_layernorm)
+
+    def run(x, rotary, attend):
+        attended = functools.partial(
+            attention, query=query, key=key, value=value, output=output, rotary=rotary, attend=attend
+        )
+        return decoder_block(x, norms[0], attended, norms[1], feed)
+
+    return run
+
+
+def _head(layer: keras.layers.Layer) -> Callable:
+    """Give what turns hidden states into logits as a function of arrays."""
+    if layer.quantization_mode is not None:
+        return functools.partial(layer, reverse=True)
+    table = layer.embeddings if layer.tie_weights else layer.reverse_embeddings.value
+    kernel = backend.cast(keras.ops.convert_to_tensor(table), layer.compute_dtype)
+    return functools.partial(backend.matmul_float32, kernel=kernel, transpose=layer.tie_weights)
+
+
+def _composed(outer: Callable, inner: Callable) -> Callable:
+    return lambda x: outer(inner(x))
+
+
+def _normalization(layer) -> Callable:
+    return functools.partial(rms_norm, scale=layer.scale.value, epsilon=layer.epsilon)
+
+
+def _projection(layer: keras.layers.Layer) -> Callable:
+    """Give what a projection does as a function of arrays."""
+    if type(layer) is not keras.layers.EinsumDense or layer.quantization_mode is not None:
+        return layer
+    kernel = backend.cast(keras.ops.convert_to_tensor(layer.kernel), layer.compute_dtype)  # with LoRA's, if it has any
+    sizes = tuple(kernel.shape)
+    sizes_out = sizes[1 - len(layer.partial_output_shape) :]
+    sizes_in = sizes[: len(sizes) - len(sizes_out)]
+    kernel = backend.reshape(kernel, (math.prod(sizes_in), math.prod(sizes_out)))
+    bias = None
+    if layer.bias is not None:
+        bias = backend.reshape(backend.cast(layer.bias.value, layer.compute_dtype), (math.prod(sizes_out),))
+    return functools.partial(_project, kernel=kernel, bias=bias, sizes_out=sizes_out)
+
+
+def _project(x, kernel, bias, sizes_out):
+    rows = backend.shape(x)[:2]
+    x = backend.linear(backend.reshape(x, (*rows, kernel.shape[0])), kernel, bias)
+    return backend.reshape(x, (*rows, *sizes_out))
