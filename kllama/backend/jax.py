@@ -2,15 +2,20 @@
 
 import contextlib
 import functools
+import math
+import weakref
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
+
+from kllama.backend.host import host_memory
+from kllama.backend.jax_programs import compile_function, run_steps, run_while
 
 __all__ = [
     "RUNS_AHEAD",
     "apply_in_float32",
+    "apply_to_rows",
     "arange",
     "argmax",
     "cache_dtype",
@@ -21,6 +26,7 @@ __all__ = [
     "constant",
     "cos",
     "cumsum",
+    "device_memory",
     "einsum",
     "exp",
     "first_true",
@@ -28,9 +34,13 @@ __all__ = [
     "fused_attention",
     "grow_slots",
     "keep_variables",
+    "kth_largest",
     "linear",
+    "log",
     "matmul_float32",
+    "matmul_int32",
     "maximum",
+    "minimum",
     "one_program",
     "reduce_all",
     "reduce_any",
@@ -39,15 +49,18 @@ __all__ = [
     "repeat_axis",
     "reshape",
     "rms_normalize",
+    "run_steps",
     "run_while",
     "shape",
     "sin",
     "slot_attention",
+    "smallest_kept",
     "softmax",
     "synchronize",
     "take_last",
     "take_rows",
     "transpose",
+    "variables_state",
     "where",
     "write_slots",
 ]
@@ -55,7 +68,8 @@ __all__ = [
 RUNS_AHEAD = True
 """Whether calls return before they are computed; here programs run in the background."""
 
-cos, sin, exp, where, maximum, reshape = jnp.cos, jnp.sin, jnp.exp, jnp.where, jnp.maximum, jnp.reshape
+cos, sin, exp, log, where, reshape = jnp.cos, jnp.sin, jnp.exp, jnp.log, jnp.where, jnp.reshape
+maximum, minimum = jnp.maximum, jnp.minimum
 einsum, softmax, transpose, cumsum = jnp.einsum, jax.nn.softmax, jnp.transpose, jnp.cumsum
 reduce_max, reduce_sum, reduce_all, reduce_any = jnp.max, jnp.sum, jnp.all, jnp.any
 
@@ -113,8 +127,12 @@ def matmul_float32(x, kernel, transpose: bool = False):
 
     The transpose itself is not made: of an embedding table, it would be one of the largest arrays of a model.
     """
-    axes = (((x.ndim - 1,), (int(transpose),)), ((), ()))
-    return jax.lax.dot_general(x, kernel, axes, preferred_element_type="float32")
+    return _product(x, kernel, transpose, "float32")
+
+
+def matmul_int32(x, kernel, transpose: bool = False):
+    """Multiply int8 (..., D) by int8 (D, F), or by the transpose of (F, D): exact int32 sums."""
+    return _product(x, kernel, transpose, "int32")
 
 
 @one_program("is_causal")
@@ -133,8 +151,9 @@ def concrete(x) -> np.ndarray | None:
 
 
 def argmax(x):
-    """Give the first index of the largest element along the last axis, int32; the size of that axis for NaN."""
-    return first_true(x == jnp.max(x, -1, keepdims=True))
+    """Give where the largest number of the last axis first stands, int32; the size of that axis if it is not finite."""
+    largest = jnp.max(x, -1, keepdims=True)
+    return first_true((x == largest) & jnp.isfinite(largest))
 
 
 def first_true(x):
@@ -142,6 +161,44 @@ def first_true(x):
     # Two reductions that XLA vectorises: its argmax for CPUs takes ten times as long.
     size = x.shape[-1]
     return jnp.min(jnp.where(x, jnp.arange(size, dtype="int32"), size), -1)
+
+
+def kth_largest(x, k):
+    """Give the `k`-th largest number of each row, or the smallest if there are fewer: (B, V), scalar >= 1 -> (B, 1)."""
+    return smallest_kept(x, jnp.ones_like(x), minimum(k, x.shape[-1]))
+
+
+def smallest_kept(x, weights, limit):
+    """Give the smallest number of each row above which the row's weights sum to less than a limit.
+
+    Args:
+        x: float32 (B, V).
+        weights: float32 (B, V), at least 0.
+        limit: float32 scalar or (B, 1), greater than 0.
+
+    Returns:
+        float32 (B, 1); where all weights sum to less than the limit, anything that is not larger than the smallest.
+    """
+    # Bisection over the order of all floats: a sort or a top-k of XLA's takes thirty times as long on CPUs.
+    low = jnp.full((x.shape[0], 1), _NUMBER_OF_MINUS_INFINITY, "int32")
+    high = jnp.full((x.shape[0], 1), _NUMBER_OF_INFINITY, "int32")
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = jnp.sum(jnp.where(x > _numbered(middle), weights, 0.0), -1, keepdims=True)
+        return jnp.where(above < limit, low, middle + 1), jnp.where(above < limit, middle, high)
+
+    return _numbered(jax.lax.fori_loop(0, 32, halve, (low, high))[1])
+
+
+_NUMBER_OF_INFINITY, _NUMBER_OF_MINUS_INFINITY = 0x7F800000, -0x7F800001
+
+
+def _numbered(number):
+    """Give the float32 with a place in the order of all of them, int32: 0.0 has 0, -0.0 has -1."""
+    bits = jnp.where(number < 0, number ^ 0x7FFFFFFF, number)
+    return jax.lax.bitcast_convert_type(bits, "float32")
 
 
 def full(shape, value, dtype, like):
@@ -162,15 +219,38 @@ def repeat_axis(x, count: int, axis: int):
 
 def take_rows(table, ids):
     """Give the rows of a table (V, D) at int32 ids (B, T): (B, T, D)."""
+    # XLA for CPUs reads bfloat16 rows by way of float32. It would do that with the whole table, once, before a loop,
+    # but for the barrier, which ties the table to ids that change in the loop.
+    table, ids = jax.lax.optimization_barrier((table, ids))
     return table[ids]
+
+
+def apply_to_rows(function, x, row_axes: int):
+    """Apply a function of each row alone to `x`, whose first `row_axes` axes count the rows.
+
+    XLA for CPUs multiplies one row by no bfloat16 or int8 kernel as it is: it would keep a wider kernel all through a
+    loop. So it is given the row twice.
+    """
+    if math.prod(x.shape[:row_axes]) > 1 or jax.default_backend() != "cpu":
+        return function(x)
+    return function(jnp.concatenate([x, x]))[:1]
 
 
 def linear(x, kernel, bias=None):
     """Multiply (..., D) by (D, F), accumulated in float32 and rounded to x's dtype, and add a bias (F,)."""
-    rows = x.reshape(-1, x.shape[-1])
-    product = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type="float32")
+    product = _product(x.reshape(-1, x.shape[-1]), kernel, False, "float32")
     product = product.reshape(*x.shape[:-1], kernel.shape[-1]).astype(x.dtype)
     return product if bias is None else product + bias
+
+
+def _product(x, kernel, transpose, dtype):
+    """Multiply (..., D) by (D, F), or by the transpose of (F, D), with sums of some dtype."""
+
+    def multiply(x):
+        axes = (((x.ndim - 1,), (int(transpose),)), ((), ()))
+        return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
+
+    return apply_to_rows(multiply, x, x.ndim - 1) if kernel.dtype in ("bfloat16", "int8") else multiply(x)
 
 
 def cache_dtype(dtype: str) -> str:
@@ -206,35 +286,35 @@ def slot_attention(query, keys, values, visible):
     scores = jnp.einsum("rqh,rsh->rqs", heads, keys, preferred_element_type="float32") * head_dim**-0.5
     scores = jnp.where(visible, scores.reshape(*query.shape[:3], -1), -1e30)
     probabilities = jax.nn.softmax(scores, -1).reshape(rows, -1, keys.shape[1])
+    probabilities = probabilities.astype(values.dtype)
     context = jnp.einsum("rqs,rsh->rqh", probabilities, values, preferred_element_type="float32")
     return context.reshape(query.shape).astype(query.dtype)
 
 
-def run_while(is_running, step, state):
-    """Give the state after `state = step(state)` was done for as long as `is_running(state)`."""
-    return jax.lax.while_loop(is_running, step, state)
+class _SameArray:
+    """Stands for an array without keeping it alive; equal to what stands for the same one."""
+
+    def __init__(self, array):
+        self._array = weakref.ref(array)
+
+    def __eq__(self, other):
+        return self._array() is not None and self._array() is other._array()
 
 
-def compile_function(function, variables, *, donates: bool = False, is_eager: bool = False, jit_compile: bool = True):
-    """Compile `function(*arrays)`, which reads Keras variables.
+def variables_state(variables) -> list:
+    """Give what stands for the values of variables: equal to what it gives later as long as none has changed.
 
-    Args:
-        function: a pure function of nested arrays, traced once for each set of shapes.
-        variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
-        donates: whether the memory of the first argument may be used for the result: the caller gives it away.
-        is_eager: whether to leave it as it is, so that it can be debugged.
-        jit_compile: whether to compile it with XLA; JAX knows no other way and always does.
+    It keeps no value alive. Arrays never change here, so a variable that has changed has another one.
     """
-    del jit_compile
-    if is_eager:
-        return function
+    return [_SameArray(variable.value) for variable in variables]
 
-    @functools.partial(jax.jit, donate_argnums=1 if donates else ())
-    def traced(values, *arrays):
-        with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
-            return function(*arrays)
 
-    return lambda *arrays: traced([variable.value for variable in variables], *arrays)
+def device_memory() -> int | None:
+    """Give how many bytes of memory the device has on which variables are made, or None where nobody tells."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    if device.platform == "cpu":
+        return host_memory()
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def synchronize(model) -> None:

@@ -1,14 +1,21 @@
 """The primitives on TensorFlow."""
 
 import contextlib
+import functools
+import math
+import sys
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
+from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice, optimization_barrier
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from kllama.backend.host import host_memory
 
 __all__ = [
     "RUNS_AHEAD",
     "apply_in_float32",
+    "apply_to_rows",
     "arange",
     "argmax",
     "cache_dtype",
@@ -19,6 +26,7 @@ __all__ = [
     "constant",
     "cos",
     "cumsum",
+    "device_memory",
     "einsum",
     "exp",
     "first_true",
@@ -26,9 +34,13 @@ __all__ = [
     "fused_attention",
     "grow_slots",
     "keep_variables",
+    "kth_largest",
     "linear",
+    "log",
     "matmul_float32",
+    "matmul_int32",
     "maximum",
+    "minimum",
     "one_program",
     "reduce_all",
     "reduce_any",
@@ -37,15 +49,18 @@ __all__ = [
     "repeat_axis",
     "reshape",
     "rms_normalize",
+    "run_steps",
     "run_while",
     "shape",
     "sin",
     "slot_attention",
+    "smallest_kept",
     "softmax",
     "synchronize",
     "take_last",
     "take_rows",
     "transpose",
+    "variables_state",
     "where",
     "write_slots",
 ]
@@ -53,7 +68,8 @@ __all__ = [
 RUNS_AHEAD = False
 """Whether calls return before they are computed; here a call ends when its program has."""
 
-cos, sin, exp, where, maximum, cast = tf.cos, tf.sin, tf.exp, tf.where, tf.maximum, tf.cast
+cos, sin, exp, log, where, cast = tf.cos, tf.sin, tf.exp, tf.math.log, tf.where, tf.cast
+maximum, minimum = tf.maximum, tf.minimum
 einsum, softmax, concatenate, reshape = tf.einsum, tf.nn.softmax, tf.concat, tf.reshape
 transpose, cumsum = tf.transpose, tf.cumsum
 reduce_max, reduce_sum, reduce_all, reduce_any = tf.reduce_max, tf.reduce_sum, tf.reduce_all, tf.reduce_any
@@ -103,8 +119,27 @@ def matmul_float32(x, kernel, transpose: bool = False):
 
     The transpose itself is not made: of an embedding table, it would be one of the largest arrays of a model.
     """
-    # Rounded once to a half-precision x's dtype before it is widened; a wider result type has no gradient here.
-    return tf.cast(tf.matmul(x, kernel, transpose_b=transpose), "float32")
+
+    @tf.custom_gradient  # A wider result type has no gradient of TensorFlow's own.
+    def multiply(x, kernel):
+        def gradient(upstream):
+            with tf.GradientTape() as tape:
+                tape.watch((x, kernel))
+                product = tf.cast(tf.matmul(x, kernel, transpose_b=transpose), "float32")
+            return tape.gradient(product, (x, kernel), upstream)
+
+        return tf.cast(_product(x, kernel, transpose), "float32"), gradient
+
+    return multiply(x, kernel)
+
+
+def matmul_int32(x, kernel, transpose: bool = False):
+    """Multiply int8 (..., D) by int8 (D, F), or by the transpose of (F, D): exact int32 sums."""
+
+    def multiply(x):
+        return tf.matmul(x, kernel, transpose_b=transpose, output_type=tf.int32)
+
+    return apply_to_rows(multiply, x, len(x.shape) - 1)
 
 
 def concrete(x) -> np.ndarray | None:
@@ -113,8 +148,10 @@ def concrete(x) -> np.ndarray | None:
 
 
 def argmax(x):
-    """Give the first index of the largest element along the last axis, int32; the size of that axis for NaN."""
-    return first_true(tf.equal(x, tf.reduce_max(x, -1, keepdims=True)))
+    """Give where the largest number of the last axis first stands, int32; the size of that axis if it is not finite."""
+    largest = tf.reduce_max(x, -1, keepdims=True)
+    has_nan = tf.reduce_any(tf.math.is_nan(x), -1, keepdims=True)  # the largest may leave it out
+    return first_true(tf.equal(x, largest) & tf.math.is_finite(largest) & ~has_nan)
 
 
 def first_true(x):
@@ -122,6 +159,42 @@ def first_true(x):
     # Two reductions that XLA vectorises: its argmax for CPUs takes ten times as long.
     size = x.shape[-1]
     return tf.reduce_min(tf.where(x, tf.range(size), size), -1)
+
+
+def kth_largest(x, k):
+    """Give the `k`-th largest number of each row, or the smallest if there are fewer: (B, V), scalar >= 1 -> (B, 1)."""
+    return smallest_kept(x, tf.ones_like(x), tf.minimum(tf.cast(k, "float32"), float(x.shape[-1])))
+
+
+def smallest_kept(x, weights, limit):
+    """Give the smallest number of each row above which the row's weights sum to less than a limit.
+
+    Args:
+        x: float32 (B, V).
+        weights: float32 (B, V), at least 0.
+        limit: float32 scalar or (B, 1), greater than 0.
+
+    Returns:
+        float32 (B, 1); where all weights sum to less than the limit, anything that is not larger than the smallest.
+    """
+    # Bisection over the order of all floats, as on JAX.
+    low = tf.fill((shape(x)[0], 1), _NUMBER_OF_MINUS_INFINITY)
+    high = tf.fill((shape(x)[0], 1), _NUMBER_OF_INFINITY)
+
+    def halve(step, low, high):
+        middle = tf.bitwise.bitwise_and(low, high) + tf.bitwise.right_shift(tf.bitwise.bitwise_xor(low, high), 1)
+        above = tf.reduce_sum(tf.where(x > _numbered(middle), weights, 0.0), -1, keepdims=True)
+        return step + 1, tf.where(above < limit, low, middle + 1), tf.where(above < limit, middle, high)
+
+    return _numbered(tf.while_loop(lambda step, low, high: step < 32, halve, (0, low, high))[2])
+
+
+_NUMBER_OF_INFINITY, _NUMBER_OF_MINUS_INFINITY = 0x7F800000, -0x7F800001
+
+
+def _numbered(number):
+    """Give the float32 with a place in the order of all of them, int32: 0.0 has 0, -0.0 has -1."""
+    return tf.bitcast(tf.where(number < 0, tf.bitwise.bitwise_xor(number, 0x7FFFFFFF), number), "float32")
 
 
 def full(shape, value, dtype, like):
@@ -142,19 +215,52 @@ def repeat_axis(x, count: int, axis: int):
 
 def take_rows(table, ids):
     """Give the rows of a table (V, D) at int32 ids (B, T): (B, T, D)."""
+    if table.dtype == tf.bfloat16 and _is_for_xla():
+        # XLA for CPUs reads bfloat16 rows by way of float32. It would do that with the whole table, once, before a
+        # loop, but for the barrier, which ties the table to ids that change in the loop.
+        table, ids = optimization_barrier(table, ids)
     return tf.gather(table, ids)
+
+
+def apply_to_rows(function, x, row_axes: int):
+    """Apply a function of each row alone to `x`, whose first `row_axes` axes count the rows.
+
+    XLA for CPUs multiplies one row by no bfloat16 or int8 kernel as it is: it would keep a wider kernel all through a
+    loop. So it is given the row twice.
+    """
+    sizes = x.shape[:row_axes]
+    if None in sizes or math.prod(sizes) > 1:
+        return function(x)
+    return function(tf.concat([x, x], 0))[:1]
 
 
 def linear(x, kernel, bias=None):
     """Multiply (..., D) by (D, F), accumulated in float32 and rounded to x's dtype, and add a bias (F,)."""
-    rows = tf.reshape(x, (-1, x.shape[-1]))
-    product = tf.reshape(tf.matmul(rows, kernel), (*shape(x)[:-1], kernel.shape[-1]))
+    product = tf.cast(_product(tf.reshape(x, (-1, x.shape[-1])), kernel, False), x.dtype)
+    product = tf.reshape(product, (*shape(x)[:-1], kernel.shape[-1]))
     return product if bias is None else product + bias
+
+
+def _product(x, kernel, transpose):
+    """Multiply (..., D) by (D, F), or by the transpose of (F, D); rounded to x's dtype only where there is no XLA."""
+    if x.dtype == tf.float32 or not _is_for_xla():
+        return tf.matmul(x, kernel, transpose_b=transpose)
+
+    def multiply(x):
+        return tf.matmul(x, kernel, transpose_b=transpose, output_type=tf.float32)
+
+    return apply_to_rows(multiply, x, len(x.shape) - 1)
+
+
+def _is_for_xla() -> bool:
+    """Tell whether a program for XLA is being traced: some operations exist there alone."""
+    return not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def cache_dtype(dtype: str) -> str:
     """Give the dtype in which keys and values of some dtype are kept for later steps."""
-    return dtype
+    # XLA for CPUs would widen a bfloat16 cache, write one position, and narrow it again, at each layer and step.
+    return dtype if tf.config.list_physical_devices("GPU") else "float32"
 
 
 def write_slots(cache, new, start):
@@ -187,12 +293,49 @@ def slot_attention(query, keys, values, visible):
     return tf.cast(tf.reshape(tf.matmul(probabilities, values), query.shape), query.dtype)
 
 
-def run_while(is_running, step, state):
-    """Give the state after `state = step(state)` was done for as long as `is_running(state)`."""
+def run_while(is_running, step, state, is_capturable: bool = False):
+    """Give the state after `state = step(state)` was done for as long as `is_running(state)`.
+
+    Args:
+        is_running: function (state) -> bool scalar.
+        step: function (state) -> state.
+        state: nested arrays, used up.
+        is_capturable: as for `run_steps`.
+    """
+    del is_capturable
     return tf.while_loop(lambda *state: is_running(state[0]), lambda *state: (step(state[0]),), (state,))[0]
 
 
-def compile_function(function, variables, *, donates: bool = False, is_eager: bool = False, jit_compile: bool = True):
+def run_steps(step, is_over, caches, rest, num_steps, most_steps: int, is_capturable: bool = True):
+    """Take steps until there were `num_steps` of them, or it is over.
+
+    Args:
+        step: function (caches, rest) -> (caches, rest), both nested arrays. It writes to the caches in place, and if
+            it is taken once too often, it writes there only what the next step would write, too.
+        is_over: function (rest) -> bool scalar.
+        caches: used up.
+        rest: the rest of the state.
+        num_steps: int32 scalar.
+        most_steps: what `num_steps` is at most.
+        is_capturable: whether a step does nothing but compute; TensorFlow knows no other steps.
+
+    Returns:
+        `(caches, rest)`.
+    """
+    del most_steps, is_capturable
+
+    def is_running(num_taken, caches, rest):
+        return (num_taken < num_steps) & ~is_over(rest)
+
+    def take(num_taken, caches, rest):
+        return num_taken + 1, *step(caches, rest)
+
+    return tf.while_loop(is_running, take, (0, caches, rest))[1:]
+
+
+def compile_function(
+    function, variables, *, donates: bool = False, is_eager: bool = False, jit_compile: bool | str = "auto"
+):
     """Compile `function(*arrays)`, which reads Keras variables.
 
     Args:
@@ -200,14 +343,56 @@ def compile_function(function, variables, *, donates: bool = False, is_eager: bo
         variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
         donates: whether the first argument may be used up; TensorFlow cannot, and never does.
         is_eager: whether to leave it as it is, so that it can be debugged.
-        jit_compile: whether to compile it with XLA.
+        jit_compile: whether to compile it with XLA. "auto" does wherever TensorFlow has it: on Apple's GPUs it has not.
     """
     del variables, donates  # A tf.function reads its variables at each call.
-    return (
-        function
-        if is_eager
-        else tf.function(function, jit_compile=jit_compile, reduce_retracing=False, autograph=False)
-    )
+    if is_eager:
+        return function
+    if jit_compile == "auto":
+        jit_compile = not (sys.platform == "darwin" and tf.config.list_physical_devices("GPU"))
+    # TensorFlow counts how often a function is traced by its code, which the programs of several models have in common,
+    # and would warn; a partial has none.
+    function = functools.partial(function)
+    return tf.function(function, jit_compile=jit_compile, reduce_retracing=False, autograph=False)
+
+
+def variables_state(variables) -> list:
+    """Give what stands for the values of variables: equal to what it gives later as long as none has changed.
+
+    It keeps no value alive. Nothing tells here whether a variable was written to, so all values are read once,
+    at about the price of a token.
+    """
+    values = [tf.convert_to_tensor(variable.value) for variable in variables]
+    return [(value.shape, value.dtype, int(_hash(value))) for value in values]
+
+
+def _hash(x):
+    """Give a number of 32 bits that every element and its place have a part in."""
+    unsigned = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}[x.dtype.size]
+    bits = x if x.dtype == unsigned else tf.bitcast(x, unsigned)
+    return _hash_program(unsigned)(tf.reshape(bits, (-1,)))
+
+
+@functools.cache
+def _hash_program(dtype: str):
+    # For all shapes at once: TensorFlow warns of functions that are traced again and again.
+    @tf.function(jit_compile=True, autograph=False, input_signature=[tf.TensorSpec([None], dtype)])
+    def run(bits):
+        places = tf.cast(tf.range(tf.size(bits)), "uint32")
+        return tf.reduce_sum(_mix(tf.cast(bits, "uint32")) * (_mix(places) | 1))
+
+    return run
+
+
+def _mix(x):
+    """Let every bit of uint32 `x` change those below it and above it; no two numbers become the same one."""
+    x = x * np.uint32(0x85EBCA6B)  # of MurmurHash 3
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, np.uint32(13)))
+
+
+def device_memory() -> int | None:
+    """Give how many bytes of memory the device has on which variables are made, or None where nobody tells."""
+    return None if tf.config.list_logical_devices("GPU") else host_memory()
 
 
 def synchronize(model) -> None:

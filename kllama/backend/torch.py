@@ -2,13 +2,18 @@
 
 import contextlib
 
+import keras
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kllama.backend.host import host_memory
+from kllama.backend.torch_programs import compile_function, run_steps, run_while
+
 __all__ = [
     "RUNS_AHEAD",
     "apply_in_float32",
+    "apply_to_rows",
     "arange",
     "argmax",
     "cache_dtype",
@@ -19,6 +24,7 @@ __all__ = [
     "constant",
     "cos",
     "cumsum",
+    "device_memory",
     "einsum",
     "exp",
     "first_true",
@@ -26,9 +32,13 @@ __all__ = [
     "fused_attention",
     "grow_slots",
     "keep_variables",
+    "kth_largest",
     "linear",
+    "log",
     "matmul_float32",
+    "matmul_int32",
     "maximum",
+    "minimum",
     "one_program",
     "reduce_all",
     "reduce_any",
@@ -37,15 +47,18 @@ __all__ = [
     "repeat_axis",
     "reshape",
     "rms_normalize",
+    "run_steps",
     "run_while",
     "shape",
     "sin",
     "slot_attention",
+    "smallest_kept",
     "softmax",
     "synchronize",
     "take_last",
     "take_rows",
     "transpose",
+    "variables_state",
     "where",
     "write_slots",
 ]
@@ -55,7 +68,8 @@ RUNS_AHEAD = False
 
 _FEW_ROWS, _LARGE_KERNEL = 16, 2**17  # rows and elements, by measurement; see benchmarks/README.md
 
-cos, sin, exp, where, einsum, reshape = torch.cos, torch.sin, torch.exp, torch.where, torch.einsum, torch.reshape
+cos, sin, exp, log, where, reshape = torch.cos, torch.sin, torch.exp, torch.log, torch.where, torch.reshape
+einsum = torch.einsum
 transpose, cumsum = torch.permute, torch.cumsum
 reduce_max, reduce_sum, reduce_all, reduce_any = torch.amax, torch.sum, torch.all, torch.any
 
@@ -91,6 +105,11 @@ def maximum(x, y):
     return torch.clamp(x, min=y)
 
 
+def minimum(x, y):
+    """Give the smaller of `x` (a tensor) and `y` (a tensor or a number), element by element."""
+    return torch.clamp(x, max=y)
+
+
 def concatenate(tensors, axis: int):
     """Join tensors along an axis."""
     return torch.cat(tensors, axis)
@@ -121,6 +140,14 @@ def matmul_float32(x, kernel, transpose: bool = False):
     return _product(x, kernel.T if transpose else kernel).float()
 
 
+def matmul_int32(x, kernel, transpose: bool = False):
+    """Multiply int8 (..., D) by int8 (D, F), or by the transpose of (F, D): exact int32 sums."""
+    kernel = kernel.T if transpose else kernel
+    if x.device.type != "cpu":
+        return keras.ops.matmul(x, kernel)  # which knows what each device can do
+    return torch._int_mm(x.reshape(-1, x.shape[-1]), kernel).view(*x.shape[:-1], -1)
+
+
 def fused_attention(query, key, value, mask=None, is_causal: bool = False):
     """Attend with grouped heads: (B, T, N, H), (B, S, K, H), (B, S, K, H) -> (B, T, N, H), scaled by H ** -0.5."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -137,15 +164,39 @@ def concrete(x) -> np.ndarray | None:
 
 
 def argmax(x):
-    """Give the first index of the largest element along the last axis, int32; the size of that axis for NaN."""
+    """Give where the largest number of the last axis first stands, int32; the size of that axis if it is not finite."""
     largest, index = torch.max(x, -1)
-    return torch.where(largest == largest, index, x.shape[-1]).int()
+    return torch.where(largest - largest == 0, index, x.shape[-1]).int()
 
 
 def first_true(x):
     """Give the first index along the last axis where bool `x` is True, int32; else the size of that axis."""
     found, index = torch.max(x, -1)
     return torch.where(found, index, x.shape[-1]).int()
+
+
+def kth_largest(x, k):
+    """Give the `k`-th largest number of each row, or the smallest if there are fewer: (B, V), scalar >= 1 -> (B, 1)."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.topk(x, min(int(k), x.shape[-1])).values[:, -1:]
+    return smallest_kept(x, torch.ones_like(x), k)  # which reads no number back
+
+
+def smallest_kept(x, weights, limit):
+    """Give the smallest number of each row above which the row's weights sum to less than a limit.
+
+    Args:
+        x: float32 (B, V).
+        weights: float32 (B, V), at least 0.
+        limit: float32 scalar or (B, 1), greater than 0.
+
+    Returns:
+        float32 (B, 1); where all weights sum to less than the limit, anything that is not larger than the smallest.
+    """
+    numbers, order = torch.sort(x, -1, descending=True)
+    sums = torch.cumsum(torch.gather(weights, -1, order), -1)
+    num_kept = 1 + torch.sum(sums[:, :-1] < limit, -1, keepdim=True)
+    return torch.gather(numbers, -1, num_kept - 1)
 
 
 def full(shape, value, dtype, like):
@@ -168,6 +219,12 @@ def take_rows(table, ids):
     return F.embedding(ids, table)
 
 
+def apply_to_rows(function, x, row_axes: int):
+    """Apply a function of each row alone to `x`, whose first `row_axes` axes count the rows; here one row is enough."""
+    del row_axes
+    return function(x)
+
+
 def linear(x, kernel, bias=None):
     """Multiply (..., D) by (D, F), accumulated in float32 and rounded to x's dtype, and add a bias (F,)."""
     product = _product(x, kernel)
@@ -180,13 +237,18 @@ def _product(x, kernel):
     MKL multiplies a few float32 rows on one thread, which cannot read the kernel as fast as the memory gives it. Parts
     of the sum, one for each thread, are a batch of products, and these run side by side.
     """
-    num_rows, num_parts = x.numel() // x.shape[-1], torch.get_num_threads()
+    num_rows, num_parts = x.numel() // x.shape[-1], _num_threads()
     is_few = num_rows <= _FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
     if not is_few or num_parts == 1 or kernel.shape[0] % num_parts or kernel.numel() < _LARGE_KERNEL:
         return torch.matmul(x, kernel)
     parts = x.reshape(num_rows, num_parts, -1).transpose(0, 1)
     product = torch.bmm(parts, kernel.unflatten(0, (num_parts, -1))).sum(0)
     return product.view(*x.shape[:-1], -1)
+
+
+@torch.compiler.assume_constant_result  # Its call cannot be part of a compiled program.
+def _num_threads() -> int:
+    return torch.get_num_threads()
 
 
 def cache_dtype(dtype: str) -> str:
@@ -221,27 +283,31 @@ def slot_attention(query, keys, values, visible):
     return F.scaled_dot_product_attention(query, keys, values, visible)
 
 
-def run_while(is_running, step, state):
-    """Give the state after `state = step(state)` was done for as long as `is_running(state)`."""
-    while is_running(state):
-        state = step(state)
-    return state
+def variables_state(variables) -> list:
+    """Give what stands for the values of variables: equal to what it gives later as long as none has changed.
 
-
-def compile_function(function, variables, *, donates: bool = False, is_eager: bool = False, jit_compile: bool = True):
-    """Compile `function(*arrays)`, which reads Keras variables.
-
-    PyTorch runs it as it is, without gradients: its variables are read at each call.
-
-    Args:
-        function: a pure function of nested arrays.
-        variables: the `keras.Variable`s that it reads. Their values at each call are used, never those at compilation.
-        donates: whether the first argument may be changed in place: the caller gives it away.
-        is_eager: whether to leave it as it is, so that it can be debugged.
-        jit_compile: whether to compile it with XLA, which PyTorch has not.
+    It keeps no value alive. PyTorch counts what is written to a tensor, but not all of it: fused optimizers
+    and `.data` go past the counter. So all values are read once, too, at about the price of a token.
     """
-    del variables, donates, is_eager, jit_compile
-    return torch.inference_mode()(function)
+    values = [variable.value.detach() for variable in variables]
+    sums = torch.stack([_sum_bits(value) for value in values]).tolist() if values else []
+    counts = [None if value.is_inference() else value._version for value in values]
+    places = [(value.data_ptr(), value.shape, value.dtype) for value in values]
+    return list(zip(places, counts, sums, strict=True))
+
+
+def _sum_bits(x):
+    """Give the sum, modulo 2 ** 64, of the integers that the bytes of `x` can be read as."""
+    data = x.reshape(-1).view(torch.uint8)
+    return data.view(torch.int64).sum() if len(data) % 8 == 0 else data.sum(dtype=torch.int64)
+
+
+def device_memory() -> int | None:
+    """Give how many bytes of memory the device has on which variables are made, or None where nobody tells."""
+    device = keras.ops.convert_to_tensor(0).device
+    if device.type != "cuda":
+        return host_memory() if device.type == "cpu" else None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def synchronize(model) -> None:

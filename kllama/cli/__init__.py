@@ -13,7 +13,7 @@ import click
 from kllama import __version__
 from kllama.cli.failures import Settings, debug_option, report
 
-COMMANDS = ("generate", "convert", "inspect", "verify")
+COMMANDS = ("generate", "chat", "convert", "inspect", "verify")
 
 
 class _Commands(click.Group):

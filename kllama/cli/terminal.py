@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -24,6 +24,24 @@ def print_text(text: str) -> None:
         return
     sys.stdout.reconfigure(errors="replace")  # a stdout that is not Unicode gets a question mark, not an exception
     print(escape_controls(text) if sys.stdout.isatty() else text)
+
+
+def print_pieces(pieces: Iterable[str]) -> None:
+    """Print a model's text on stdout while it comes, as `print_text` does, and end the line, even if it breaks off."""
+    if sys.stdout is None:
+        return
+    sys.stdout.reconfigure(errors="replace")
+    shown = escape_controls if sys.stdout.isatty() else str
+    is_begun = False
+    try:
+        for piece in pieces:
+            print(shown(piece), end="", flush=True)
+            is_begun = True
+    except BaseException:
+        if is_begun:
+            print(flush=True)
+        raise
+    print(flush=True)
 
 
 def print_notice(text: str) -> None:

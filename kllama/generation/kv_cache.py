@@ -21,6 +21,12 @@ def make(keys, values, num_slots: int) -> tuple:
     return tuple(backend.grow_slots(backend.cast(_flat(x), dtype), num_slots) for x in (keys, values))
 
 
+def num_bytes(num_rows: int, num_slots: int, num_heads: int, head_dim: int, dtype: str) -> int:
+    """Give the memory that a layer's cache takes, for keys and values computed in some dtype."""
+    item = {"float64": 8, "float32": 4}.get(backend.cache_dtype(dtype), 2)
+    return 2 * item * num_rows * num_slots * num_heads * head_dim
+
+
 def write(cache: tuple, keys, values, slot) -> tuple:
     """Write the keys and values (B, T, K, H) of new tokens at the slots from `slot` on; the cache given is used up."""
     return tuple(backend.write_slots(old, _flat(new), slot) for old, new in zip(cache, (keys, values), strict=True))
@@ -46,6 +52,11 @@ def grow(caches: list, num_slots: int) -> list:
     return [tuple(backend.grow_slots(x, num_slots) for x in cache) for cache in caches]
 
 
+def repeat(caches: list, count: int, rows) -> list:
+    """Give each row of the caches `count` times, one after another; `rows` is (B,)."""
+    return [tuple(_repeated(x, count, backend.shape(rows)[0]) for x in cache) for cache in caches]
+
+
 def visible_slots(num_slots: int, lengths, first, index, window: int | None):
     """Tell which slots each row's token number `index` after the prompt sees: bool (B, 1, S).
 
@@ -63,6 +74,13 @@ def visible_slots(num_slots: int, lengths, first, index, window: int | None):
         positions = backend.where(slots < lengths, slots, slots - first + lengths)
         visible = visible & (positions > lengths + index - window)
     return visible[:, None]
+
+
+def _repeated(x, count: int, batch_size: int):
+    """(B * K, S, H) -> (B * count * K, S, H)."""
+    heads, num_slots, head_dim = backend.shape(x)
+    rows = backend.reshape(x, (batch_size, heads // batch_size, num_slots, head_dim))
+    return backend.reshape(backend.repeat_axis(rows, count, 0), (heads * count, num_slots, head_dim))
 
 
 def _flat(x):

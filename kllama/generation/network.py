@@ -2,8 +2,8 @@
 
 A `Network` is a view of a model's variables, made inside each compiled program and gone with it, so it cannot be stale:
 on JAX and TensorFlow programs take the variables' values at each call, on PyTorch each call makes a new view. Layers
-with a plain kernel become a product over that kernel; what else stands in a projection's place (quantised layers, say)
-is called as it is.
+with a plain or an int8 kernel become a product over that kernel; what else stands in a projection's place (layers that
+are quantised in another way, say) is called as it is.
 """
 
 import functools
@@ -117,20 +117,36 @@ def _normalization(layer) -> Callable:
 
 def _projection(layer: keras.layers.Layer) -> Callable:
     """Give what a projection does as a function of arrays."""
-    if type(layer) is not keras.layers.EinsumDense or layer.quantization_mode is not None:
+    if type(layer) is not keras.layers.EinsumDense:
         return layer
-    kernel = backend.cast(keras.ops.convert_to_tensor(layer.kernel), layer.compute_dtype)  # with LoRA's, if it has any
+    is_int8 = layer.quantization_mode == "int8" and layer.inputs_quantizer is not None and not layer.lora_enabled
+    if layer.quantization_mode is not None and not is_int8:
+        return layer
+    kernel = keras.ops.convert_to_tensor(layer.kernel)  # with LoRA's, if it has any
     sizes = tuple(kernel.shape)
     sizes_out = sizes[1 - len(layer.partial_output_shape) :]
     sizes_in = sizes[: len(sizes) - len(sizes_out)]
     kernel = backend.reshape(kernel, (math.prod(sizes_in), math.prod(sizes_out)))
-    bias = None
-    if layer.bias is not None:
-        bias = backend.reshape(backend.cast(layer.bias.value, layer.compute_dtype), (math.prod(sizes_out),))
-    return functools.partial(_project, kernel=kernel, bias=bias, sizes_out=sizes_out)
+
+    def row(variable):
+        return backend.reshape(backend.cast(variable.value, layer.compute_dtype), (math.prod(sizes_out),))
+
+    bias = None if layer.bias is None else row(layer.bias)
+    if is_int8:
+        scale = row(layer.kernel_scale)
+        multiply = functools.partial(_linear_int8, kernel=kernel, scale=scale, bias=bias, round=layer.inputs_quantizer)
+    else:
+        multiply = functools.partial(backend.linear, kernel=backend.cast(kernel, layer.compute_dtype), bias=bias)
+    return functools.partial(_project, multiply=multiply, size_in=math.prod(sizes_in), sizes_out=sizes_out)
 
 
-def _project(x, kernel, bias, sizes_out):
+def _project(x, multiply, size_in, sizes_out):
     rows = backend.shape(x)[:2]
-    x = backend.linear(backend.reshape(x, (*rows, kernel.shape[0])), kernel, bias)
-    return backend.reshape(x, (*rows, *sizes_out))
+    return backend.reshape(multiply(backend.reshape(x, (*rows, size_in))), (*rows, *sizes_out))
+
+
+def _linear_int8(x, kernel, scale, bias, round):
+    """Multiply (..., D) by an int8 kernel (D, F), as the layer does, but over two axes, which need no transpose."""
+    rounded, row_scale = round(x, axis=-1)
+    product = backend.cast(backend.matmul_int32(rounded, kernel), x.dtype) / (row_scale * scale)
+    return product if bias is None else product + bias

@@ -1,8 +1,12 @@
 """The compiled programs of a model, kept for the next call of `generate`."""
 
+import threading
 from collections.abc import Callable, Hashable
 
 from kllama import backend
+
+MAX_PROGRAMS = 128
+"""How many are kept; those used longest ago go. A caller may pass a new function of his own with each call."""
 
 
 class Programs:
@@ -18,10 +22,10 @@ class Programs:
     """
 
     def __init__(self, variables: list, call_with_cache: Callable, generate_step: Callable):
-        self._variables = variables
+        self._variables, self._ids = variables, list(map(id, variables))
         self._call_with_cache = call_with_cache
         self._generate_step = generate_step
-        self._programs = {}
+        self._programs, self._lock = {}, threading.Lock()
 
     def __call__(self, inputs: dict, stop_token_ids=None) -> dict:
         """Run `generate_step` of the model; arguments and result are those of that method."""
@@ -29,8 +33,7 @@ class Programs:
 
     def are_for(self, variables: list, call_with_cache: Callable) -> bool:
         """Tell whether the programs were made for these very variables, and for this forward pass."""
-        is_same = list(map(id, variables)) == list(map(id, self._variables))
-        return is_same and call_with_cache == self._call_with_cache
+        return call_with_cache == self._call_with_cache and list(map(id, variables)) == self._ids
 
     def get(self, settings: Hashable, function: Callable, **options) -> Callable:
         """Give the compiled form of a function, compiled at most once for the same settings.
@@ -41,6 +44,11 @@ class Programs:
             **options: those of `backend.compile_function`.
         """
         key = settings, *options.values()
-        if key not in self._programs:
-            self._programs[key] = backend.compile_function(function, self._variables, **options)
-        return self._programs[key]
+        with self._lock:
+            program = self._programs.pop(key, None)
+            if program is None:
+                program = backend.compile_function(function, self._variables, **options)
+            self._programs[key] = program  # the one used last is last
+            if len(self._programs) > MAX_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+        return program

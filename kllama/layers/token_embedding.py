@@ -109,7 +109,7 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         if not reverse:
             return super()._int8_call(inputs)
         if self.tie_weights:
-            kernel, scale = keras.ops.transpose(self._embeddings), self.embeddings_scale
+            kernel, scale = self._embeddings, self.embeddings_scale
         else:
             kernel, scale = self.reverse_embeddings, self.reverse_embeddings_scale
         kernel, scale = keras.ops.convert_to_tensor(kernel), keras.ops.convert_to_tensor(scale, "float32")
@@ -123,7 +123,9 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         return logits
 
     def _int8_logits(self, inputs, kernel, scale):
-        """Multiply (..., D) by an int8 kernel (D, V) with one scale a column; the gradient is that of the float head.
+        """Multiply (..., D) by an int8 kernel (D, V), or the transpose of a tied (V, D), with one scale a column.
+
+        The gradient is that of the float head.
 
         Rounding has no gradient of its own, and Keras' layer would train nothing below the head.
         """
@@ -132,13 +134,14 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         def project(inputs, kernel, scale):
             def gradient(*args, upstream=None):
                 upstream = args[0] if upstream is None else upstream
-                table = backend.cast(keras.ops.transpose(kernel), inputs.dtype)
+                table = backend.cast(kernel if self.tie_weights else keras.ops.transpose(kernel), inputs.dtype)
                 return keras.ops.matmul(backend.cast(upstream / scale, inputs.dtype), table), None, None
 
             if self.inputs_quantizer is None:
-                return backend.matmul_float32(inputs, backend.cast(kernel, inputs.dtype)) / scale, gradient
+                head = backend.cast(kernel, inputs.dtype)
+                return backend.matmul_float32(inputs, head, self.tie_weights) / scale, gradient
             rounded, inputs_scale = self.inputs_quantizer(inputs, axis=-1)
-            sums = backend.cast(keras.ops.matmul(rounded, kernel), "float32")
+            sums = backend.cast(backend.matmul_int32(rounded, kernel, self.tie_weights), "float32")
             return sums / (backend.cast(inputs_scale, "float32") * scale), gradient
 
         return project(inputs, kernel, scale)

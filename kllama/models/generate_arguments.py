@@ -1,9 +1,7 @@
 """The settings of `generate`, checked and settled before any model runs; the same words on every backend."""
 
 import dataclasses
-import math
 import random
-import warnings
 from collections.abc import Mapping
 from numbers import Integral
 
@@ -12,91 +10,93 @@ import keras_hub
 import numpy as np
 
 from kllama import backend
-from kllama.arguments import check_flag, check_integer, check_number
+from kllama.arguments import check_flag, check_integer
 from kllama.checkpoints.huggingface.config import GENERATION_KEYS
 from kllama.checkpoints.presets.sampler import SAMPLER_NAMES
 from kllama.generation.sampling import GREEDY, Sampling, sampling_of
+from kllama.models.generate_options import GenerateOptions
 from kllama.models.prompts import Prompts
+from kllama.text.tokenizer import LlamaTokenizer
 from kllama.training.losses import IGNORED_ID
 
-_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p")
+MAX_SEED = 2**63
+"""Seeds are below this."""
+
+_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 KERAS_HUB_DEFAULT = Sampling(top_k=5)
 """What `compile(sampler="top_k")` means."""
 
 
-def fit_prompts(prompts: Prompts, max_length, max_new_tokens, preprocessor, max_sequence_length) -> Prompts:
+def is_auto(choice) -> bool:
+    """Tell whether a choice is left open."""
+    return isinstance(choice, str) and choice == "auto"
+
+
+def fit_prompts(prompts: Prompts, options: GenerateOptions, preprocessor, max_sequence_length) -> Prompts:
     """Cut prompts that are too long, where the preprocessor's `truncate` asks for it.
 
     With `max_new_tokens` a prompt is too long only for the model's positions.
-
-    Raises:
-        TypeError, ValueError: as `resolve_limits`.
     """
-    _check_asked(max_length, max_new_tokens)
     if prompts.cut is None:
         return prompts
-    if max_new_tokens is None:
-        room = _default_max_length(prompts, preprocessor, max_sequence_length) if max_length is None else max_length
-    elif max_sequence_length is None:
-        return prompts
-    else:
-        room = max_sequence_length - max_new_tokens + 1
+    room = options.max_length
+    if options.max_new_tokens is not None:
+        if max_sequence_length is None:
+            return prompts
+        room = max_sequence_length - options.max_new_tokens + 1
+    elif room is None:
+        room = _default_max_length(prompts, preprocessor, max_sequence_length)
     rows = [np.array(prompts.cut(row.tolist(), room), "int32") for row in prompts.rows]
     return dataclasses.replace(prompts, rows=rows)
 
 
-def resolve_limits(prompts: Prompts, max_length, max_new_tokens, preprocessor, max_sequence_length) -> np.ndarray:
+def resolve_limits(prompts: Prompts, options: GenerateOptions, preprocessor, max_sequence_length) -> np.ndarray:
     """Settle the length, prompt included, at which each row ends: int32 (B,).
 
     Raises:
-        TypeError: for a length that is no integer.
-        ValueError: for a length below 1, for both kinds of length, and for one beyond the model's positions.
+        ValueError: for a length beyond the model's positions.
     """
-    _check_asked(max_length, max_new_tokens)
+    max_length, max_new_tokens = options.max_length, options.max_new_tokens
     if max_new_tokens is not None:
-        limits = prompts.lengths + max_new_tokens
+        limits = [len(row) + int(max_new_tokens) for row in prompts.rows]
     else:
         if max_length is None:
             max_length = _default_max_length(prompts, preprocessor, max_sequence_length)
-        limits = np.full(len(prompts.rows), max_length)
-    if limits.max() >= 2**31:
-        raise ValueError(f"max_length ({limits.max()}, prompt included) must be less than 2 ** 31.")
-    if max_sequence_length is not None and limits.max() > max_sequence_length:
+        limits = [int(max_length)] * len(prompts.rows)
+    longest = max(limits, default=0)
+    if longest >= 2**31:
+        raise ValueError(f"max_length ({longest}, prompt included) must be less than 2 ** 31.")
+    if max_sequence_length is not None and longest > max_sequence_length:
         asked = f"max_length ({max_length})" if max_new_tokens is None else f"max_new_tokens ({max_new_tokens})"
         raise ValueError(
-            f"{asked} asks for {limits.max()} positions, prompt included; the model has {max_sequence_length} "
+            f"{asked} asks for {longest} positions, prompt included; the model has {max_sequence_length} "
             "(max_sequence_length)."
         )
-    return limits.astype("int32")
+    return np.array(limits, "int32")
 
 
-def _check_asked(max_length, max_new_tokens) -> None:
-    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-        if value is not None:
-            check_integer(name, value, minimum=1)
-    if max_length is not None and max_new_tokens is not None:
-        raise ValueError(
-            f"max_length ({max_length}) and max_new_tokens ({max_new_tokens}) are both given; expected one."
-        )
-
-
-def check_lengths(prompts: Prompts, limits: np.ndarray) -> None:
-    """Raise a ValueError for a prompt that is longer than its limit."""
-    for index, (length, limit) in enumerate(zip(prompts.lengths, limits, strict=True)):
+def check_lengths(prompts: Prompts, limits: np.ndarray, min_new_tokens: int) -> None:
+    """Raise a ValueError for a prompt that is longer than its limit, or leaves no room for `min_new_tokens`."""
+    for index in np.flatnonzero(prompts.lengths + min_new_tokens > limits)[:1]:
+        length, limit = prompts.lengths[index], limits[index]
         if length > limit:
             raise ValueError(
                 f"inputs row {index}: the prompt has {length} tokens, max_length is {limit}. Shorten the prompt, "
                 "raise max_length (by default the preprocessor's sequence_length), or let the preprocessor cut it: "
                 "truncate='left'."
             )
+        raise ValueError(
+            f"min_new_tokens ({min_new_tokens}) is more than max_length ({limit}) leaves beside the {length} tokens of "
+            f"inputs row {index}."
+        )
 
 
 def resolve_stop_token_ids(
     stop_token_ids, prompts: Prompts, preprocessor, generation_config: Mapping, backbone
 ) -> list[int]:
     """Settle the ids that end a row; an empty list for none."""
-    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+    if is_auto(stop_token_ids):
         ids = {*generation_config.get("stop_token_ids", ()), *prompts.stop_token_ids}
         if preprocessor is not None:
             # KerasHub's protocol: some of its tokenizers have a second end token, and an attribute for it only then.
@@ -109,6 +109,24 @@ def resolve_stop_token_ids(
     return sorted({int(i) for i in stop_token_ids})
 
 
+def resolve_tokenizer(preprocessor, options: GenerateOptions):
+    """Give the tokenizer that makes text of ids, or None without a preprocessor.
+
+    Raises:
+        ValueError: for stop strings without a preprocessor.
+        TypeError: for stop strings with somebody else's tokenizer, which gives no text of single ids.
+    """
+    tokenizer = None if preprocessor is None else preprocessor.tokenizer
+    if options.stop_strings and tokenizer is None:
+        raise ValueError(
+            f"stop_strings ({list(options.stop_strings)}) need the text of the ids, but the model has no preprocessor; "
+            "expected stop_token_ids."
+        )
+    if options.stop_strings and not isinstance(tokenizer, LlamaTokenizer):
+        raise TypeError(f"stop_strings ({list(options.stop_strings)}) need a LlamaTokenizer; it is {tokenizer!r}.")
+    return tokenizer
+
+
 def _check_token_ids(name: str, ids, vocabulary_size: int) -> None:
     is_list = isinstance(ids, list | tuple | set | np.ndarray)
     if not is_list or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
@@ -118,16 +136,38 @@ def _check_token_ids(name: str, ids, vocabulary_size: int) -> None:
         raise ValueError(f"{name} holds {wrong}; expected ids from 0 to {vocabulary_size - 1}.")
 
 
-def refuse_call_settings(settings: Mapping, owner: str) -> None:
-    """Raise a ValueError for settings of a call that a loop of somebody else's could not use.
+def refuse_options(options: GenerateOptions, owner: str) -> None:
+    """Raise a ValueError for options that a loop of somebody else's could not use.
 
     Args:
-        settings: values by name, None for what the call does not say.
+        options: of the call.
         owner: whose loop it is, for the message.
     """
+    settings = {**options.sampling, "seed": options.seed, "logits_processors": options.logits_processors or None}
+    settings["prompt_lookup_num_tokens"] = options.prompt_lookup_num_tokens
     for name, value in settings.items():
         if value is not None:
             raise ValueError(f"{name} ({value!r}) must be None with {owner}, which draws for itself; set it there.")
+    if options.sampler is not None:
+        raise ValueError(
+            f"sampler ({options.sampler!r}) must be None with {owner}, whose loop is compiled with the model; give the "
+            "sampler to compile(sampler=...)."
+        )
+    for name, value, neutral in (
+        ("min_new_tokens", options.min_new_tokens, 0),
+        ("num_return_sequences", options.num_return_sequences, 1),
+    ):
+        if value != neutral:
+            raise ValueError(f"{name} ({value}) must be {neutral} with {owner}, which decides that for itself.")
+
+
+def refuse_equal_sequences(options: GenerateOptions, sampling: Sampling) -> None:
+    """Raise a ValueError for several sequences of a prompt that could only be equal."""
+    if options.num_return_sequences > 1 and sampling.is_greedy:
+        raise ValueError(
+            f"num_return_sequences ({options.num_return_sequences}) must be 1 without sampling: all sequences of a "
+            "prompt would be equal."
+        )
 
 
 def check_score_ids(token_ids, target_ids, vocabulary_size: int) -> None:
@@ -166,9 +206,6 @@ def check_generation_config(config: Mapping, vocabulary_size: int) -> dict:
         check_flag("generation_config['do_sample']", config["do_sample"])
     if "stop_token_ids" in config:
         _check_token_ids("generation_config['stop_token_ids']", config["stop_token_ids"], vocabulary_size)
-    if "repetition_penalty" in config:
-        penalty = config["repetition_penalty"]
-        check_number("repetition_penalty", penalty, lambda x: 0 < x < math.inf, "a positive number")
     Sampling(**_sampling_settings(config))
     return dict(config)
 
@@ -190,34 +227,47 @@ def resolve_sampler(sampler) -> keras_hub.samplers.Sampler:
     return resolved
 
 
-def resolve_sampling(call: Mapping, compiled_sampler, generation_config: Mapping) -> Sampling | None:
+def resolve_sampling(
+    call: Mapping, sampler, generation_config: Mapping, is_sampler_of_call: bool = False
+) -> Sampling | None:
     """Settle how to sample: what the call says, over `compile`, over the checkpoint, over KerasHub's default.
 
     Args:
-        call: `temperature`, `top_k`, `top_p` and `min_p` of the call, None where it does not say.
-        compiled_sampler: the sampler that `compile` was given, or None for "auto".
+        call: `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` of the call, None where it does not say.
+        sampler: the sampler that the call or `compile` was given, or None for "auto".
         generation_config: the checkpoint's.
+        is_sampler_of_call: whether the sampler is the call's, which may say no more beside one that draws for itself.
 
     Returns:
-        How to sample; None if the compiled sampler has to run its own loop.
+        How to sample; None if the sampler has to run its own loop.
+
+    Raises:
+        TypeError, ValueError: for a value of the wrong type or out of range, and for a sampler of the call that draws
+            for itself beside settings that it could not use.
     """
-    penalty = generation_config.get("repetition_penalty", 1)
-    if compiled_sampler is None and penalty != 1:
-        warnings.warn(
-            f"generation_config asks for repetition_penalty={penalty}; generate does not apply it.", stacklevel=3
-        )
     said = {name: value for name, value in call.items() if value is not None}
+    is_asked = bool(said.keys() - {"repetition_penalty"})
+    base = sampling_of(sampler) if sampler is not None else _sampling_of_checkpoint(generation_config, is_asked)
+    draws_for_itself = base is None or base.sampler is not None
+    if is_asked and draws_for_itself and is_sampler_of_call:
+        raise ValueError(
+            f"{next(iter(said))} and sampler ({type(sampler).__name__}) are both given, and that sampler draws for "
+            "itself; expected one of the two."
+        )
+    # Asking for anything is asking to sample: what made a base greedy goes.
+    if is_asked and (draws_for_itself or base.is_greedy):
+        base = Sampling(repetition_penalty=1.0 if base is None else base.repetition_penalty)
+    return None if base is None else dataclasses.replace(base, **said)
+
+
+def _sampling_of_checkpoint(generation_config: Mapping, is_asked: bool) -> Sampling:
     wanted = _sampling_settings(generation_config)
-    if said:
-        base = sampling_of(compiled_sampler) if compiled_sampler is not None else Sampling(**wanted)
-        # Asking for anything is asking to sample: what made a base greedy goes.
-        base = Sampling() if base is None or base.is_greedy else base
-        return dataclasses.replace(base, **said)
-    if compiled_sampler is not None:
-        return sampling_of(compiled_sampler)
-    if generation_config.get("do_sample") is False:
-        return GREEDY
-    return Sampling(**wanted) if wanted else KERAS_HUB_DEFAULT
+    penalty = wanted.pop("repetition_penalty", 1.0)
+    if generation_config.get("do_sample") is False and not is_asked:
+        base = GREEDY
+    else:
+        base = Sampling(**wanted) if wanted or is_asked else KERAS_HUB_DEFAULT
+    return dataclasses.replace(base, repetition_penalty=penalty)
 
 
 def _sampling_settings(generation_config: Mapping) -> dict:
@@ -227,15 +277,29 @@ def _sampling_settings(generation_config: Mapping) -> dict:
     return settings
 
 
-def resolve_seed(seed, sampler) -> int:
+def resolve_seed(seed, sampler, sampling: Sampling) -> int:
     """Settle the seed: the call's, else the next of the sampler that `compile` was given with a seed, else a new one.
 
     New ones come from Python's generator, as Keras' do, so `keras.utils.set_random_seed` makes them repeat.
+
+    Args:
+        seed: the call's, or None.
+        sampler: the one that the call or `compile` was given, or None.
+        sampling: what came of it.
+
+    Raises:
+        TypeError: for a seed that is no integer.
+        ValueError: for one out of range, and for one beside a sampler that draws for itself.
     """
+    if sampling.sampler is not None:
+        if seed is not None:
+            name = type(sampling.sampler).__name__
+            raise ValueError(f"seed ({seed!r}) must be None with {name}, which draws for itself; set it there.")
+        return 0
     if seed is not None:
         check_integer("seed", seed, minimum=0)
-        if seed >= 2**31:
-            raise ValueError(f"seed ({seed}) must be less than 2 ** 31.")
+        if seed >= MAX_SEED:
+            raise ValueError(f"seed ({seed}) must be less than 2 ** 63.")
         return int(seed)
     if sampler is None or vars(sampler).get("seed") is None:
         return random.randrange(2**31)

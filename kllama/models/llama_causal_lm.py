@@ -1,10 +1,9 @@
 """The Llama language model: text or token ids in, logits, loss or text out.
 
-`fit` and its defaults, `generate`, and loading. The maths is the backbone's; the decoding loop is `generation/`'s.
+`fit` and its defaults, loading and saving; `generate`, `stream` and `chat` are those of `GeneratingModel`. The maths is
+the backbone's; the decoding loop is `generation/`'s.
 """
 
-import itertools
-import threading
 from collections.abc import Callable
 
 import keras
@@ -18,22 +17,13 @@ from kllama.checkpoints.files.undisturbed import undisturbed
 from kllama.checkpoints.formats import open_checkpoint
 from kllama.checkpoints.presets.directory import staged_preset
 from kllama.errors import CheckpointError
-from kllama.generation.programs import Programs
-from kllama.models.continuation import continue_prompts, run_sampler
+from kllama.generation.prefix_cache import PrefixCaches
 from kllama.models.export_gguf import export_gguf
 from kllama.models.export_huggingface import MAX_SHARD_SIZE, export_huggingface
 from kllama.models.exported import exported_model
-from kllama.models.generate_arguments import (
-    check_generation_config,
-    check_lengths,
-    check_score_ids,
-    fit_prompts,
-    resolve_limits,
-    resolve_sampler,
-    resolve_stop_token_ids,
-)
+from kllama.models.generate_arguments import check_generation_config, check_score_ids, is_auto
+from kllama.models.generating_model import GeneratingModel
 from kllama.models.llama_backbone import LlamaBackbone
-from kllama.models.prompts import check_ids, join_results, read_prompts
 from kllama.models.quantization import check_preset_mode, quantize_model
 from kllama.models.variable_watch import VariableWatch
 from kllama.models.weights import count_bytes, load_keras_hub_weights
@@ -46,20 +36,18 @@ from kllama.training.metrics import Perplexity, TokenAccuracy
 from kllama.training.optimizers import check_optimizer, renewed
 
 _TASK_KEYWORDS = {"compile", "name", "trainable"}
-_MAKING = threading.Lock()  # threads that generate with one model share its programs
 
 
 @keras.saving.register_keras_serializable(package="kllama")
-class LlamaCausalLM(keras_hub.models.CausalLM):
+class LlamaCausalLM(GeneratingModel):
     """A Llama that predicts the next token, with everything around it: text in, text out.
 
     Args:
         backbone: a `LlamaBackbone`.
         preprocessor: a `LlamaCausalLMPreprocessor`, or None to work on token ids alone.
         generation_config: how the checkpoint wants to be sampled: a dict with some of `stop_token_ids` (list of int),
-            `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` (which `generate` does not
-            apply, and says so). Its stop ids always count; the rest is what `generate` does when neither the call nor
-            `compile` says otherwise.
+            `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`. Its stop ids always count;
+            the rest is what `generate` does when neither the call nor `compile` says otherwise.
         sampler: what `generate` draws with until the next `compile`; see there.
         **kwargs: `name`, `trainable`, and `compile=False` to leave the model uncompiled.
 
@@ -102,31 +90,14 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         self.preprocessor = preprocessor
         self.generation_config = check_generation_config(generation_config or {}, backbone.vocabulary_size)
         self._watch = VariableWatch()
+        self._prefix_caches = PrefixCaches()
+        self._asked_jit_compile = "auto"
 
         # === Functional Model ===
         inputs = backbone.input
         logits = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=logits, **kwargs)
         self.sampler = sampler
-
-    @property
-    def sampler(self) -> keras_hub.samplers.Sampler:
-        """The `keras_hub.samplers` object that `generate` draws with, for a choice of `"auto"` KerasHub's default.
-
-        May be set to what `compile` takes.
-        """
-        return self._sampler
-
-    @sampler.setter
-    def sampler(self, choice):
-        self._sampler = resolve_sampler("top_k" if _is_auto(choice) else choice)
-        self._sampler_choice = choice if isinstance(choice, str | dict) else self._sampler
-        self.generate_function = None
-
-    @property
-    def _chosen_sampler(self) -> keras_hub.samplers.Sampler | None:
-        """The sampler, or None where the choice was left to the checkpoint."""
-        return None if _is_auto(self._sampler_choice) else self.sampler
 
     def get_config(self):
         sampler = self._sampler_choice
@@ -369,10 +340,12 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         """
         super().compile(
             optimizer=optimizer,
-            loss=TokenCrossentropy() if _is_auto(loss) else loss,
-            weighted_metrics=_default_metrics() if _is_auto(weighted_metrics) else weighted_metrics,
+            loss=TokenCrossentropy() if is_auto(loss) else loss,
+            weighted_metrics=_default_metrics() if is_auto(weighted_metrics) else weighted_metrics,
             **kwargs,
         )
+        # Keras' "auto" knows the needs of training; generation has its own.
+        self._asked_jit_compile = kwargs.get("jit_compile", "auto")
         self.sampler = sampler
 
     def compile_from_config(self, config):
@@ -568,161 +541,6 @@ class LlamaCausalLM(keras_hub.models.CausalLM):
         if scoring_mode == "logits":
             return logits
         return token_losses(target_ids, logits) * token_weights(target_ids, None)
-
-    # === Generation ===
-
-    def generate(
-        self,
-        inputs,
-        max_length: int | None = None,
-        stop_token_ids="auto",
-        strip_prompt: bool | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-    ):
-        """Continue prompts.
-
-        A call's own `temperature`, `top_k`, `top_p` and `min_p` beat what `compile` chose, which beats the checkpoint's
-        `generation_config`, which beats KerasHub's default (top-k with k = 5).
-
-        Args:
-            inputs: a string or a list of strings; or `{"messages": ...}`, a conversation or a list of them (also
-                without the key), which the chat template renders and the assistant answers; or
-                `{"token_ids": (B, T), "padding_mask": (B, T)}` with padding on the right; or a `tf.data.Dataset` that
-                gives batches of one of these, whose results are joined. The preprocessor's `truncate` says what becomes
-                of text that is too long.
-            max_length: the length, prompt included, at which a row ends. Defaults to the smaller of the preprocessor's
-                `sequence_length` and the backbone's `max_sequence_length`; for token ids to their width T.
-            stop_token_ids: ids that end a row. `"auto"` means the tokenizer's end token, the stop ids of
-                `generation_config` and, in a conversation, the special token that ends the assistant's turn; None or
-                an empty list means none.
-            strip_prompt: whether to leave the prompt out of the result. None leaves a conversation out, and no other
-                prompt.
-            max_new_tokens: how many tokens to add to each row at most, instead of `max_length`.
-            temperature: at least 0; what logits are divided by. 0 takes the most likely token each time.
-            top_k: sample among the k most likely tokens.
-            top_p: sample among the fewest tokens whose probabilities sum to at least p, in (0, 1].
-            min_p: sample among the tokens at least p times as probable as the most probable one, in [0, 1].
-            seed: non-negative integer below 2 ** 31. The same seed gives the same text on the same backend.
-
-        Returns:
-            A string for a string, the answer for a conversation, a list of strings for a list of either; for token ids
-            a dict of NumPy arrays `token_ids` (B, S) and `padding_mask` (B, S), where S is the width T that they came
-            with, or with `max_length` or `max_new_tokens` the longest row.
-
-        Raises:
-            TypeError: for an argument of the wrong type.
-            ValueError: for a value out of range, a prompt that is too long, and text without a preprocessor.
-        """
-        options = {
-            "max_length": max_length,
-            "stop_token_ids": stop_token_ids,
-            "strip_prompt": strip_prompt,
-            "max_new_tokens": max_new_tokens,
-            "call": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p},
-        }
-        if not is_tf_dataset(inputs):
-            return self._generate_batch(inputs, seed=seed, **options)
-        batches = zip(inputs, _seeds(seed), strict=False)
-        return join_results([self._generate_batch(batch, seed=seed, **options) for batch, seed in batches])
-
-    def _generate_batch(self, inputs, *, max_length, stop_token_ids, strip_prompt, max_new_tokens, call, seed):
-        backend.synchronize(self)  # generating is allowed in the middle of `fit`
-        prompts = read_prompts(inputs, self.preprocessor)
-        if prompts.is_empty:
-            return []
-        if prompts.finish_text is not None:
-            self._check_vocabulary()
-        check_ids(prompts, self.backbone.vocabulary_size)
-        lengths = max_length, max_new_tokens, self.preprocessor, self.backbone.max_sequence_length
-        prompts = fit_prompts(prompts, *lengths)
-        limits = resolve_limits(prompts, *lengths)
-        check_lengths(prompts, limits)
-        stop_token_ids = resolve_stop_token_ids(
-            stop_token_ids, prompts, self.preprocessor, self.generation_config, self.backbone
-        )
-        results = continue_prompts(self, prompts, limits, stop_token_ids, call, seed)
-        is_filled = max_length is None and max_new_tokens is None  # padded ids keep the width that they came with
-        return prompts.finish(
-            *results,
-            strip_prompt=prompts.is_chat if strip_prompt is None else strip_prompt,
-            width=prompts.width if is_filled else None,
-        )
-
-    def make_generate_function(self):
-        """Create or return what `generate` runs: a `Programs`, or what a subclass makes here.
-
-        It stands in `generate_function` until `compile`, a new sampler, another `call_with_cache` or new variables
-        (those of LoRA, or quantised ones) call for another. Called on `{"token_ids", "padding_mask"}` it runs
-        `generate_step`, as KerasHub's does.
-        """
-        with _MAKING:
-            function = self.generate_function
-            made_for = self.variables, self.call_with_cache
-            if function is None or (isinstance(function, Programs) and not function.are_for(*made_for)):
-                self.generate_function = None
-                function = Programs(*made_for, super().make_generate_function())
-                self.generate_function = function
-            return function
-
-    def generate_step(self, inputs, stop_token_ids=None):
-        """Generate with the compiled sampler's own loop; KerasHub's protocol for samplers.
-
-        Args:
-            inputs: dict of `token_ids` int (B, S), the prompts padded on the right to the final length, and
-                `padding_mask` (B, S).
-            stop_token_ids: tuple of ids that end a row, or None.
-
-        Returns:
-            Dict of `token_ids` (B, S) and a bool `padding_mask` (B, S) that covers each row up to its stop token.
-        """
-        return run_sampler(self, inputs, stop_token_ids)
-
-    def call_with_cache(self, token_ids, cache, cache_update_index, *, rope_length=None):
-        """Run the model on new tokens of sequences whose earlier keys and values are in a cache.
-
-        Args:
-            token_ids: int (B, T), the new tokens.
-            cache: float (B, L, 2, S, K, H): keys and values of each layer for S positions.
-            cache_update_index: int or int32 scalar, the position of the first new token.
-            rope_length: int32 scalar, the length that dynamic and longrope frequencies are to be those of: the length
-                at which the cached keys were made. None takes that of this call.
-
-        Returns:
-            `(logits float32 (B, T, V), hidden states (B, T, D), updated cache)`.
-        """
-        hidden_states, cache = self.backbone.run_layers_with_cache(token_ids, cache, cache_update_index, rope_length)
-        return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
-
-    def _build_cache(self, token_ids, num_slots: int | None = None, **rope_length):
-        """Give the hidden states (B, T, D) of prompts (B, T), and the cache that holds their keys and values.
-
-        The cache has as many slots as the prompts have positions, or more. The name is KerasHub's.
-        """
-        cache = self.backbone._empty_cache(token_ids, num_slots)
-        if self._overrides("call_with_cache"):
-            return self.call_with_cache(token_ids, cache, 0, **rope_length)[1:]
-        return self.backbone.run_layers_with_cache(token_ids, cache, 0, **rope_length)
-
-    def _overrides(self, name: str) -> bool:
-        """Tell whether a subclass, or an attribute of this very model, stands in for a method of `LlamaCausalLM`."""
-        return name in vars(self) or getattr(type(self), name) is not getattr(LlamaCausalLM, name)
-
-
-def _seeds(seed):
-    """Give each batch of a dataset a seed of its own: the same prompt twice is not to give the same text twice."""
-    yield seed
-    for i in itertools.count(1):
-        yield None if seed is None else (seed + i) % 2**31
-
-
-def _is_auto(choice) -> bool:
-    return isinstance(choice, str) and choice == "auto"
 
 
 def _default_metrics() -> list:

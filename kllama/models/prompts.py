@@ -1,6 +1,7 @@
-"""What `generate` is given, as rows of token ids, and the way back to what it gives."""
+"""What `generate` is given, as rows of token ids."""
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 
 import keras
@@ -50,18 +51,6 @@ class Prompts:
     def mask(self, width: int) -> np.ndarray:
         """Give the padding mask that belongs to `padded(width)`: bool (B, width)."""
         return np.arange(width) < self.lengths[:, None]
-
-    def finish(self, token_ids: np.ndarray, lengths: np.ndarray, *, strip_prompt: bool, width: int | None = None):
-        """Turn generated rows into text, or into ids of some width, by default the longest row's."""
-        starts = self.lengths if strip_prompt else np.zeros_like(lengths)
-        rows = [row[start:end] for row, start, end in zip(token_ids, starts, lengths, strict=True)]
-        finished = Prompts(rows)
-        width = width or max(1, int(finished.lengths.max()))
-        outputs = {"token_ids": finished.padded(width), "padding_mask": finished.mask(width)}
-        if self.finish_text is None:
-            return outputs
-        texts = self.finish_text(outputs)
-        return texts[0] if self.is_single else texts
 
 
 def read_prompts(inputs, preprocessor) -> Prompts:
@@ -127,43 +116,63 @@ def _tokenize(texts, preprocessor) -> list[np.ndarray]:
 
 
 def _read_token_ids(inputs: Mapping) -> Prompts:
-    if "token_ids" not in inputs:
+    unknown = inputs.keys() - {"token_ids", "padding_mask"}
+    if "token_ids" not in inputs or unknown:
         raise ValueError(
-            f"inputs has the keys {sorted(inputs)}; expected 'messages', or 'token_ids' and 'padding_mask'."
+            f"inputs has the keys {sorted(map(str, inputs))}; expected 'messages', or 'token_ids' and 'padding_mask'."
         )
-    token_ids = keras.ops.convert_to_numpy(inputs["token_ids"])
-    if token_ids.ndim != 2 or not np.all(token_ids == np.floor(token_ids)):
+    token_ids = _integers("token_ids", inputs["token_ids"])
+    if token_ids.ndim != 2:
         raise ValueError(f"inputs['token_ids'] has shape {token_ids.shape}; expected integers of shape (B, T).")
     mask = inputs.get("padding_mask")
-    mask = np.ones(token_ids.shape, bool) if mask is None else keras.ops.convert_to_numpy(mask).astype(bool)
+    mask = np.ones_like(token_ids) if mask is None else _integers("padding_mask", mask)
     if mask.shape != token_ids.shape:
         raise ValueError(
             f"inputs['padding_mask'] has shape {mask.shape}; expected that of token_ids {token_ids.shape}."
         )
-    if np.any(mask[:, 1:] & ~mask[:, :-1]):
-        raise ValueError("inputs['padding_mask'] has a real token after padding; expected padding on the right only.")
-    rows = [row[: keep.sum()].astype("int32") for row, keep in zip(token_ids, mask, strict=True)]
+    _check_mask(mask)
+    rows = [row[keep > 0] for row, keep in zip(token_ids, mask, strict=True)]
     return Prompts(rows, width=token_ids.shape[1])
 
 
-def check_ids(prompts: Prompts, vocabulary_size: int) -> None:
-    """Raise a ValueError for an empty row and for an id that is not in the vocabulary."""
-    for index, row in enumerate(prompts.rows):
-        if not len(row):
-            raise ValueError(f"inputs row {index} has no tokens; expected at least one (a start token, say).")
-        wrong = row[(row < 0) | (row >= vocabulary_size)]
-        if len(wrong):
-            raise ValueError(
-                f"inputs row {index} holds the token id {wrong[0]}; expected ids from 0 to {vocabulary_size - 1}."
-            )
+def _check_mask(mask: np.ndarray) -> None:
+    """Raise a ValueError unless each row of a padding mask is zeros, ones, and zeros."""
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("inputs['padding_mask'] holds other values than 0 and 1; expected 1 for real tokens.")
+    steps = np.diff(mask, axis=1, prepend=0, append=0)
+    holes = np.flatnonzero((steps > 0).sum(1) > 1)
+    if holes.size:
+        raise ValueError(
+            f"inputs['padding_mask'] has padding between the real tokens of row {holes[0]}; expected padding on the "
+            "left and on the right only."
+        )
 
 
-def join_results(results: list):
-    """Join what `generate` gave for each batch of a dataset: a list of texts, or ids padded to one width."""
-    if not any(isinstance(result, Mapping) for result in results):
-        return [text for result in results for text in ([result] if isinstance(result, str) else result)]
-    width = max(result["token_ids"].shape[1] for result in results)
-    return {
-        name: np.concatenate([np.pad(result[name], ((0, 0), (0, width - result[name].shape[1]))) for result in results])
-        for name in ("token_ids", "padding_mask")
-    }
+def _integers(name: str, values) -> np.ndarray:
+    """Read integers, also as whole floats, of any array or of lists: int64."""
+    try:
+        array = keras.ops.convert_to_numpy(values) if keras.ops.is_tensor(values) else np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"inputs[{name!r}] ({reprlib.repr(values)}) must be integers of shape (B, T).") from error
+    if name == "padding_mask" and array.dtype.kind == "b":
+        array = array.astype("int64")
+    if array.size and array.dtype.kind not in "iuf":
+        raise TypeError(f"inputs[{name!r}] has dtype {array.dtype}; expected integers of shape (B, T).")
+    if array.dtype.kind == "f" and not np.all(array == np.floor(array)):
+        raise ValueError(f"inputs[{name!r}] holds numbers that are not whole; expected integers of shape (B, T).")
+    if array.dtype.kind in "fu":  # what is too large for an id stays so
+        array = np.clip(array.astype("float64"), -(2.0**62), 2.0**62)
+    return array.astype("int64")
+
+
+def checked(prompts: Prompts, vocabulary_size: int) -> Prompts:
+    """Give the prompts; raise a ValueError for an empty row and for an id that is not in the vocabulary."""
+    for index in np.flatnonzero(prompts.lengths == 0)[:1]:
+        raise ValueError(f"inputs row {index} has no tokens; expected at least one (a start token, say).")
+    ids = np.concatenate([np.zeros(0, "int64"), *prompts.rows])
+    for place in np.flatnonzero((ids < 0) | (ids >= vocabulary_size))[:1]:
+        index = np.searchsorted(np.cumsum(prompts.lengths), place, side="right")
+        raise ValueError(
+            f"inputs row {index} holds the token id {ids[place]}; expected ids from 0 to {vocabulary_size - 1}."
+        )
+    return dataclasses.replace(prompts, rows=[row.astype("int32") for row in prompts.rows])

@@ -276,15 +276,19 @@ class LlamaTokenizer(ChatTokenizer):
             print(piece, end="", flush=True)
         ```
         """
-        vocabulary = self._loaded()
-        detokenizer = StreamingDetokenizer(
-            vocabulary.encoder, skip_special_tokens=skip_special_tokens, literal_ids=vocabulary.literal_ids
-        )
+        detokenizer = self.streaming_detokenizer(skip_special_tokens=skip_special_tokens)
         for token_id in ids:
             if piece := detokenizer.add(token_id):
                 yield piece
         if piece := detokenizer.finish():
             yield piece
+
+    def streaming_detokenizer(self, *, skip_special_tokens: bool = False) -> StreamingDetokenizer:
+        """Give what `detokenize_stream` joins ids with, for a caller who has them one at a time."""
+        vocabulary = self._loaded()
+        return StreamingDetokenizer(
+            vocabulary.encoder, skip_special_tokens=skip_special_tokens, literal_ids=vocabulary.literal_ids
+        )
 
     def save_assets(self, dir_path: str) -> None:
         """Write the vocabulary and its rules to `tokenizer.json` in a directory."""

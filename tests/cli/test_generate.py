@@ -1,5 +1,6 @@
 """`kllama generate`: what it writes where, its exit codes, and the choice of the backend."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kllama.cli import backend_choice, generate, main
+from kllama.cli import backend_choice, loading, main
 from kllama.cli.terminal import escape_controls
 from kllama.errors import CheckpointError, MissingFileError, NonFiniteError, ResourceError, UnsupportedError
+from kllama.models.generate_options import GenerateOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,11 +27,13 @@ class StoryModel:
         self.answer = answer
         self.calls = []
 
-    def generate(self, prompt, **arguments):
+    def stream(self, prompt, strip_prompt, **arguments):
         self.calls.append(arguments)
+        assert not strip_prompt
         if isinstance(self.answer, BaseException):
             raise self.answer
-        return prompt + (self.answer or " there was a fox.")
+        yield prompt
+        yield from (self.answer or " there was a fox.").partition(" was")
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def model(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", os.environ["KERAS_BACKEND"])  # so that what the command sets is undone
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
     model = StoryModel()
-    monkeypatch.setattr(generate, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
     return model
 
 
@@ -58,11 +62,13 @@ def run(*arguments, **options) -> tuple[int, str, str]:
 
 
 FAKE_MODEL = """
-from kllama.cli import generate
+from kllama.cli import loading
 class Model:
-    def generate(self, prompt, **arguments):
-        return prompt + " was a fox" * 100_000
-generate.load_model = lambda *_, **__: Model()
+    def stream(self, prompt, **arguments):
+        yield prompt
+        for _ in range(100_000):
+            yield " was a fox"
+loading.load_model = lambda *_, **__: Model()
 """
 
 
@@ -79,17 +85,41 @@ class TestOutput:
         assert capsys.readouterr().err == ""
 
     def test_arguments_reach_the_model(self, model):
-        options = "--max-new-tokens 7 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 11".split()
-        assert main(["generate", *options, "Once"]) == 0
-        assert model.calls == [dict(max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=11)]
+        options = {
+            "max-new-tokens": 7,
+            "min-new-tokens": 2,
+            "temperature": 0.5,
+            "top-k": 3,
+            "top-p": 0.9,
+            "min-p": 0.1,
+            "repetition-penalty": 1.2,
+            "seed": 11,
+        }
+        assert main(["generate", *(f"--{name}={value}" for name, value in options.items()), "Once"]) == 0
+        assert model.calls == [
+            {
+                **{name.replace("-", "_"): value for name, value in options.items()},
+                "stop_strings": None,
+                "prompt_lookup_num_tokens": None,
+            }
+        ]
+
+    def test_stop_strings_and_drafts_reach_the_model(self, model):
+        assert main(["generate", "--stop", "a fox", "--stop=\n", "--prompt-lookup", "4", "Once"]) == 0
+        assert model.calls[0]["stop_strings"] == ["a fox", "\n"]
+        assert model.calls[0]["prompt_lookup_num_tokens"] == 4
+
+    def test_the_options_are_those_of_the_model(self, model):
+        main(["generate", "Once"])
+        assert model.calls[0].keys() <= {field.name for field in dataclasses.fields(GenerateOptions)}
 
     def test_arguments_not_given_are_none(self, model):
         assert main(["generate", "Once"]) == 0
-        assert set(model.calls[0].values()) == {None}
+        assert set(model.calls[0].values()) == {None, 0}
 
     def test_preset_and_dtype_reach_the_loader(self, model, monkeypatch):
         loads = []
-        monkeypatch.setattr(generate, "load_model", lambda preset, dtype, **_: loads.append((preset, dtype)) or model)
+        monkeypatch.setattr(loading, "load_model", lambda preset, dtype, **_: loads.append((preset, dtype)) or model)
         monkeypatch.setenv("HOME", "/home/me")
         assert main(["generate", "--preset=~/a model", "--dtype", "bfloat16", "Once"]) == 0
         assert main(["generate", "--preset", "-dashed", "Once"]) == 0
@@ -106,6 +136,16 @@ class TestOutput:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         main(["generate", "--quiet", ""])
         assert capsys.readouterr().out == "\\x1b[2J\\u202e\ta\nb\n"
+
+    def test_a_text_that_breaks_off(self, model, capsys):
+        def stream(prompt, **_):
+            yield prompt
+            raise NonFiniteError("logits are NaN at step 3")
+
+        model.stream = stream
+        assert main(["generate", "--quiet", "Once"]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "Once\n" and captured.err.startswith("kllama: error: logits")
 
     def test_stdout_that_is_not_unicode(self):
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -179,7 +219,18 @@ class TestFailures:
 
     @pytest.mark.parametrize(
         "option",
-        ["--top-k=0", "--top-p=0", "--top-p=1.5", "--temperature=-1", "--max-new-tokens=0", "--seed=x", "--dtype=int4"],
+        [
+            "--top-k=0",
+            "--top-p=0",
+            "--top-p=1.5",
+            "--temperature=-1",
+            "--min-p=2",
+            "--repetition-penalty=0",
+            "--prompt-lookup=0",
+            "--max-new-tokens=0",
+            "--seed=x",
+            "--dtype=int4",
+        ],
     )
     def test_wrong_value(self, capsys, option):
         assert main(["generate", option, "Once"]) == 2
@@ -225,8 +276,8 @@ class TestProcess:
         before = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from kllama.cli import generate
-generate.load_model = lambda *_, **__: print("ready", flush=True) or time.sleep(60)
+from kllama.cli import loading
+loading.load_model = lambda *_, **__: print("ready", flush=True) or time.sleep(60)
 """
         with start("generate", "--quiet", "Once", before=before) as process:
             assert process.stdout.readline() == "ready\n"

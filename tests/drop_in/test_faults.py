@@ -10,6 +10,8 @@ import pytest
 from keras import ops
 
 import kllama
+from kllama.generation.decoding import Decoding
+from kllama.generation.network import Network
 
 SIZES = {"vocabulary_size": 50, "num_layers": 2, "num_query_heads": 4, "hidden_dim": 16, "intermediate_dim": 24}
 SIZES |= {"num_key_value_heads": 2}
@@ -21,15 +23,20 @@ def make_model(**arguments) -> kllama.LlamaCausalLM:
     return kllama.LlamaCausalLM(kllama.LlamaBackbone(**SIZES, **arguments, initializer_range=0.3))
 
 
-def spy_on_shapes(layer, monkeypatch) -> list[tuple]:
-    """Note how wide the ids or hidden states of each call of the embedding layer are, and whether it was the head."""
-    calls, call = [], layer.call
+def spy_on_shapes(monkeypatch) -> list[tuple]:
+    """Note how many rows of ids or hidden states the engine runs through the network, and how many through the head."""
+    calls, run, logits = [], Network.run, Network.logits
 
-    def noting(inputs, reverse=False):
-        calls.append(("head" if reverse else "ids", int(inputs.shape[1])))
-        return call(inputs, reverse=reverse)
+    def noting_run(network, token_ids, *arguments):
+        calls.append(("ids", tuple(token_ids.shape)))
+        return run(network, token_ids, *arguments)
 
-    monkeypatch.setattr(layer, "call", noting)
+    def noting_logits(network, hidden_states):
+        calls.append(("head", tuple(hidden_states.shape[:-1])))
+        return logits(network, hidden_states)
+
+    monkeypatch.setattr(Network, "run", noting_run)
+    monkeypatch.setattr(Network, "logits", noting_logits)
     return calls
 
 
@@ -52,24 +59,54 @@ def test_documented_defaults_are_those_of_the_signature():
 
 @pytest.fixture
 def generated(monkeypatch):
-    """The calls of the embedding layer while two prompts of 6 ids grow to 9 of at most 200."""
-    model = make_model()
-    model.compile(sampler="greedy", run_eagerly=True)
-    calls = spy_on_shapes(model.backbone.token_embedding, monkeypatch)
+    """What the engine runs while two prompts of 6 ids grow to 9 of at most 200."""
+    model, calls = make_model(), spy_on_shapes(monkeypatch)
     inputs = {"token_ids": np.pad(IDS, ((0, 0), (0, 194))), "padding_mask": np.arange(200) < np.full((2, 1), 6)}
-    model.generate(inputs, max_length=9, stop_token_ids=None)
+    model.generate(inputs, max_length=9, stop_token_ids=None, temperature=0)
     return calls
 
 
 def test_prompts_are_read_at_their_own_length(generated):
-    """KH-G2: KerasHub runs the whole of `max_length` through the model, padding and all."""
-    widths = [width for kind, width in generated if kind == "ids"]
-    assert 6 <= widths[0] < 200 and set(widths[1:]) == {1}
+    """KH-G2: KerasHub runs the whole of `max_length` through the model, padding and all, and its last token twice."""
+    shapes = [shape for kind, shape in generated if kind == "ids"]
+    assert 6 <= shapes[0][1] < 32 and set(shapes[1:]) == {(2, 1)}
 
 
 def test_prompts_get_no_logits(generated):
     """KH-A11: KerasHub computes logits for every position of the prompt, and drops them."""
-    assert {width for kind, width in generated if kind == "head"} == {1}
+    assert {shape for kind, shape in generated if kind == "head"} == {(2,)}
+
+
+def test_a_ragged_batch_reads_each_prompt_once(monkeypatch):
+    """KH-G4: KerasHub reads what a prompt has beyond the shortest one token by token."""
+    sizes, read, shapes = [], Decoding._read, spy_on_shapes(monkeypatch)
+
+    def noting(*arguments):
+        chunk = read(*arguments)
+        sizes.append(chunk.tokens.shape[1])
+        return chunk
+
+    monkeypatch.setattr(Decoding, "_read", noting)
+    inputs = {"token_ids": np.resize(IDS, (2, 19)), "padding_mask": np.arange(19) < [[2], [19]]}
+    make_model().generate(inputs, max_new_tokens=5, stop_token_ids=None, temperature=0)
+    assert sizes == [1, 4]  # the first token of each row comes of reading the prompts
+    assert shapes[0][1][1] >= 19 and {shape for kind, shape in shapes[1:] if kind == "ids"} == {(2, 1)}
+
+
+def test_a_call_lists_the_variables_once(monkeypatch):
+    """KH-G10: KerasHub lists all variables for each run of its program; here a call makes several runs."""
+    model, lists = make_model(), []
+    arguments = {"max_new_tokens": 40, "stop_token_ids": None, "temperature": 0}
+    model.generate({"token_ids": IDS}, **arguments)
+    variables = keras.Model.variables
+
+    def counting(model):
+        lists.append(model)
+        return variables.fget(model)
+
+    monkeypatch.setattr(kllama.LlamaCausalLM, "variables", property(counting))
+    model.generate({"token_ids": IDS}, **arguments)
+    assert len(lists) == 1
 
 
 def test_another_sampler_leaves_training_alone():

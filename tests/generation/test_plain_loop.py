@@ -14,8 +14,8 @@ def step(token, cache, index):
     return ops.one_hot(following, VOCABULARY_SIZE), cache + ops.cast(token, "float32")
 
 
-def choose(logits, position):
-    return ops.cast(ops.argmax(logits, axis=-1), "int32")
+def choose(logits, position, memory):
+    return ops.cast(ops.argmax(logits, axis=-1), "int32"), logits[:, 0], memory
 
 
 def run(prompts, limits, stop_token_ids=(), width=16):
@@ -28,7 +28,7 @@ def run(prompts, limits, stop_token_ids=(), width=16):
         for array, dtype in zip(arrays, ("int32", "float32", "int32", "int32"), strict=True)
     )
     stop_token_ids = ops.convert_to_tensor(np.array(stop_token_ids, "int32"))
-    token_ids, ends = decode(step, choose, token_ids, cache, lengths, limits, stop_token_ids)
+    token_ids, ends, _, _ = decode(step, choose, token_ids, cache, lengths, limits, stop_token_ids)
     ends = ops.convert_to_numpy(ends)
     return [row[:end].tolist() for row, end in zip(ops.convert_to_numpy(token_ids), ends, strict=True)]
 
@@ -74,6 +74,22 @@ def test_it_stops_as_soon_as_all_rows_have_ended():
     decode(counting_step, choose, token_ids, ops.zeros((1, 1)), *arguments, ops.convert_to_tensor([], **int32))
     # Compiled loops trace the step once; PyTorch's calls it for each of the two new tokens.
     assert len(calls) <= 2
+
+
+def test_numbers_are_noted_of_what_was_written_and_the_memory_goes_on():
+    def choose_and_count(logits, position, memory):
+        token, _, _ = choose(logits, position, memory)
+        return token, ops.cast(token, "float32"), (memory[0] + 1,)
+
+    arrays = ([[3, 9, 0, 0], [5, 0, 0, 0]], [2, 1], [4, 3], [])
+    token_ids, *others = (ops.convert_to_tensor(array, "int32") for array in arrays)
+    arguments = token_ids, ops.zeros((2, 1)), *others
+    memory = (ops.convert_to_tensor(0, "int32"),)
+    token_ids, _, numbers, (count,) = decode(step, choose_and_count, *arguments, memory)
+    token_ids, numbers = ops.convert_to_numpy(token_ids), ops.convert_to_numpy(numbers)
+    assert int(count) == 3
+    np.testing.assert_array_equal(np.isnan(numbers), [[True, True, False, False], [True, False, False, True]])
+    np.testing.assert_array_equal(numbers[~np.isnan(numbers)], token_ids[~np.isnan(numbers)])
 
 
 @pytest.mark.parametrize(

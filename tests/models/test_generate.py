@@ -23,18 +23,51 @@ def test_published_stories(assets, model, text, num_tokens):
     assert story == (folder / "expected" / f"{text}.txt").read_text("utf-8")
 
 
-def test_recorded_tokens_of_transformers(assets, stories260k):
-    cases = json.loads((assets / "goldens" / "generation" / "stories260K.json").read_text())["cases"]
-    for name in ("greedy", "greedy_left_padded_batch"):
-        prompts, expected = cases[name]["prompts"], cases[name]["sequences"]
-        width = max(map(len, prompts))
-        ids = np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts])
-        mask = np.array([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts])
-        output = stories260k.generate(
-            {"token_ids": ids, "padding_mask": mask}, max_new_tokens=24, stop_token_ids=None, **GREEDY
-        )
-        for row, keep, prompt, sequence in zip(*output.values(), prompts, expected, strict=True):
-            assert row[keep].tolist() == sequence[width - len(prompt) :]
+def forbid_words(words):
+    """Make a processor that forbids what would complete one of some words, one or two ids each."""
+
+    def process(token_ids, lengths, logits):
+        last = ops.take_along_axis(token_ids, lengths[:, None] - 1, axis=1)
+        for *before, word in words:
+            is_completed = ops.arange(logits.shape[1])[None] == word
+            if before:
+                is_completed = is_completed & (last == before[0])
+            logits = ops.where(is_completed, float("-inf"), logits)
+        return logits
+
+    return process
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "greedy",
+        "greedy_left_padded_batch",
+        "eos_single",
+        "eos_list",
+        "repetition_penalty_1.8",
+        "bad_words",
+        "min_new_tokens",
+    ],
+)
+def test_recorded_tokens_and_probabilities_of_transformers(assets, stories260k, name):
+    case = json.loads((assets / "goldens" / "generation" / "stories260K.json").read_text())["cases"][name]
+    prompts, sequences, expected = (case[key] * 3 for key in ("prompts", "sequences", "logprobs"))
+    stop_token_ids = np.atleast_1d(case["kwargs"]["eos_token_id"] or []).astype(int).tolist()
+    options = {key: case["kwargs"][key] for key in ("repetition_penalty", "min_new_tokens") if key in case["kwargs"]}
+    if "bad_words_ids" in case["kwargs"]:
+        options["logits_processors"] = [forbid_words(case["kwargs"]["bad_words_ids"])]
+    width = case["prompt_length"]
+    ids = np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts[:3]])  # three rows, for all cases
+    mask = np.arange(width) < np.array([[len(prompt)] for prompt in prompts[:3]])
+    options |= {"max_new_tokens": 24, "stop_token_ids": stop_token_ids, "return_dict": True}
+    output = stories260k.generate({"token_ids": ids, "padding_mask": mask}, **options, **GREEDY)
+    names = ("token_ids", "padding_mask", "log_probs")
+    for index, (row, is_real, log_probs) in enumerate(zip(*(output[name] for name in names), strict=True)):
+        prompt, new = prompts[index], sequences[index][width:]
+        length = next((i + 1 for i, token in enumerate(new) if token in stop_token_ids), len(new))
+        assert row[is_real].tolist() == prompt + new[:length]
+        np.testing.assert_allclose(log_probs[is_real][len(prompt) :], expected[index][:length], atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +131,8 @@ def test_a_row_of_a_ragged_batch_is_the_prompt_alone(stories260k):
 )
 def test_both_loops_keep_the_frequencies_of_the_prompts(random_model, token_ids, scaling):
     class OwnLoop(keras_hub.samplers.GreedySampler):
-        pass
+        def __call__(self, *arguments, **keywords):
+            return super().__call__(*arguments, **keywords)
 
     scaling = {**scaling, "original_max_position_embeddings": 8} if scaling["rope_type"] == "longrope" else scaling
     model = random_model(rope_scaling=scaling, max_sequence_length=8, num_query_heads=4)
@@ -313,75 +347,6 @@ class TestText:
         assert [w.endswith(n) and len(n) < len(w) for w, n in zip(whole, new, strict=True)] == [True, True]
 
 
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("arguments", "error", "words"),
-        [
-            ({"max_length": 0}, ValueError, "max_length (0) must be at least 1"),
-            ({"max_length": -5}, ValueError, "max_length (-5)"),
-            ({"max_length": 1.5}, TypeError, "max_length (1.5) must be an integer"),
-            ({"max_length": True}, TypeError, "max_length (True)"),
-            (
-                {"max_length": 10**12},
-                ValueError,
-                "max_length (1000000000000, prompt included) must be less than 2 ** 31",
-            ),
-            ({"max_length": 513}, ValueError, "max_length (513) asks for 513 positions"),
-            ({"max_length": 3}, ValueError, "tokens, max_length is 3"),
-            ({"max_new_tokens": 0}, ValueError, "max_new_tokens (0)"),
-            ({"max_new_tokens": 510}, ValueError, "max_new_tokens (510) asks for 515 positions"),
-            ({"max_new_tokens": 5, "max_length": 50}, ValueError, "both given"),
-            ({"temperature": -1}, ValueError, "temperature (-1)"),
-            ({"top_k": 0}, ValueError, "top_k (0)"),
-            ({"top_p": 2}, ValueError, "top_p (2)"),
-            ({"seed": -1}, ValueError, "seed (-1)"),
-            ({"seed": 2**64}, ValueError, "seed ("),
-            ({"seed": 1.5}, TypeError, "seed (1.5)"),
-            ({"stop_token_ids": "bogus"}, TypeError, "stop_token_ids ('bogus')"),
-            ({"stop_token_ids": [512]}, ValueError, "stop_token_ids holds [512]; expected ids from 0 to 511"),
-            ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids holds [-1]"),
-        ],
-    )
-    def test_arguments(self, stories260k, arguments, error, words):
-        with pytest.raises(error) as caught:
-            stories260k.generate("Once upon a time", **arguments)
-        assert words in str(caught.value)
-
-    @pytest.mark.parametrize("inputs", [None, 5, b"Once", [["Once"]], ["Once", None], {"prompts": ["Once"]}])
-    def test_inputs(self, stories260k, inputs):
-        with pytest.raises((TypeError, ValueError), match="inputs"):
-            stories260k.generate(inputs)
-
-    @pytest.mark.parametrize(
-        ("inputs", "words"),
-        [
-            ({"token_ids": [[5, 300]]}, "inputs row 0 holds the token id 300; expected ids from 0 to 299"),
-            ({"token_ids": [[5, -1]]}, "token id -1"),
-            ({"token_ids": [5, 6]}, "shape (2,)"),
-            ({"token_ids": [[5.5]]}, "integers of shape (B, T)"),
-            ({"token_ids": [[5, 6]], "padding_mask": [[0, 0]]}, "inputs row 0 has no tokens"),
-            ({"token_ids": [[5, 6]], "padding_mask": [[0, 1]]}, "padding on the right only"),
-            ({"token_ids": [[5, 6, 7]], "padding_mask": [[1, 0, 1]]}, "padding on the right only"),
-            ({"token_ids": [[5, 6]], "padding_mask": [[1]]}, "shape (1, 1)"),
-        ],
-    )
-    def test_token_ids(self, random_model, inputs, words):
-        inputs = {name: np.array(value) for name, value in inputs.items()}
-        with pytest.raises(ValueError) as caught:
-            random_model().generate(inputs, max_new_tokens=2)
-        assert words in str(caught.value)
-
-    def test_a_seed_for_a_sampler_that_draws_for_itself(self, random_model, token_ids):
-        model = random_model()
-        model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
-        with pytest.raises(ValueError, match="seed .3. must be None with BeamSampler"):
-            model.generate({"token_ids": token_ids}, max_length=14, stop_token_ids=None, seed=3)
-
-    def test_text_without_a_preprocessor(self, random_model):
-        with pytest.raises(ValueError, match="no preprocessor"):
-            random_model().generate("Once", max_new_tokens=2)
-
-
 def test_without_compile(random_model, token_ids):
     backbone = random_model().backbone
     model = kllama.LlamaCausalLM(backbone, compile=False)
@@ -415,10 +380,14 @@ def test_generation_config_is_checked(random_model, generation_config, error, wo
 
 
 @pytest.mark.parametrize("call", [{}, {"temperature": 0.7}, GREEDY], ids=str)
-def test_what_the_checkpoint_asks_for_in_vain_is_said(random_model, token_ids, call):
-    model = kllama.LlamaCausalLM(random_model().backbone, generation_config={"repetition_penalty": 1.1, "top_k": 0})
-    with pytest.warns(UserWarning, match="repetition_penalty=1.1"):
-        model.generate({"token_ids": token_ids}, max_new_tokens=2, stop_token_ids=None, **call)
+def test_the_checkpoints_repetition_penalty(random_model, token_ids, call):
+    model = random_model()
+    arguments = {"max_new_tokens": 8, "stop_token_ids": None, "seed": 3, **call}
+    without = model.generate({"token_ids": token_ids}, **arguments)["token_ids"].tolist()
+    said = model.generate({"token_ids": token_ids}, **arguments, repetition_penalty=5.0)["token_ids"].tolist()
+    assert said != without
+    model.generation_config = {"repetition_penalty": 5.0}
+    assert model.generate({"token_ids": token_ids}, **arguments)["token_ids"].tolist() == said
 
 
 def test_weights_are_never_stale(random_model, token_ids):
