@@ -25,15 +25,16 @@ ONE_THREAD = {
     "TOKENIZERS_PARALLELISM": "false",
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
-    # The last two: JAX compiles thousands of tiny programs here, and none of them is worth optimising.
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    # Thousands of tiny programs are compiled here, and none of them is worth optimising.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 }
+ONE_THREAD_OF_JAX = " --xla_cpu_multi_thread_eigen=false"  # TensorFlow heeds the numbers above
 # What one worker has compiled the other one, and a process that a test starts, takes from the disk.
 COMPILE_ONCE = {
     "JAX_COMPILATION_CACHE_DIR": "{}/jax",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "TF_XLA_FLAGS": "--tf_xla_persistent_cache_directory={}/tensorflow",
 }
 
 
@@ -70,6 +71,7 @@ def run_backend(backend: str, arguments: list[str]) -> Outcome:
     with tempfile.TemporaryDirectory() as directory:
         environment = {**os.environ, **ONE_THREAD, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment |= {name: value.format(directory) for name, value in COMPILE_ONCE.items()}
+        environment["XLA_FLAGS"] += ONE_THREAD_OF_JAX if backend == "jax" else ""
         report = Path(directory, "report.xml")
         command = [sys.executable, *PYTEST, f"--junitxml={report}", *arguments]
         exit_code = subprocess.run(command, env=environment, cwd=ROOT).returncode

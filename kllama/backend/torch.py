@@ -66,6 +66,7 @@ __all__ = [
 RUNS_AHEAD = False
 """Whether calls return before they are computed; here operations on a CPU end before they return."""
 
+_FEW_NUMBERS = 256  # of a sorted row, that are looked at first
 _FEW_ROWS, _LARGE_KERNEL = 16, 2**17  # rows and elements, by measurement; see benchmarks/README.md
 
 cos, sin, exp, log, where, reshape = torch.cos, torch.sin, torch.exp, torch.log, torch.where, torch.reshape
@@ -177,9 +178,9 @@ def first_true(x):
 
 def kth_largest(x, k):
     """Give the `k`-th largest number of each row, or the smallest if there are fewer: (B, V), scalar >= 1 -> (B, 1)."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _may_read_back(x):
         return torch.topk(x, min(int(k), x.shape[-1])).values[:, -1:]
-    return smallest_kept(x, torch.ones_like(x), k)  # which reads no number back
+    return smallest_kept(x, torch.ones_like(x), k)
 
 
 def smallest_kept(x, weights, limit):
@@ -193,10 +194,24 @@ def smallest_kept(x, weights, limit):
     Returns:
         float32 (B, 1); where all weights sum to less than the limit, anything that is not larger than the smallest.
     """
+    if _may_read_back(x) and x.shape[-1] > _FEW_NUMBERS:  # a sort takes twenty times as long, and few hold most weight
+        numbers, order = torch.topk(x, _FEW_NUMBERS)
+        sums = torch.cumsum(torch.gather(weights, -1, order), -1)
+        if (sums[:, -1:] >= limit).all():
+            return _smallest_kept(numbers, sums, limit)
     numbers, order = torch.sort(x, -1, descending=True)
-    sums = torch.cumsum(torch.gather(weights, -1, order), -1)
+    return _smallest_kept(numbers, torch.cumsum(torch.gather(weights, -1, order), -1), limit)
+
+
+def _smallest_kept(numbers, sums, limit):
+    """Give the smallest of the largest numbers of each row, in order, above which the sums are less than a limit."""
     num_kept = 1 + torch.sum(sums[:, :-1] < limit, -1, keepdim=True)
     return torch.gather(numbers, -1, num_kept - 1)
+
+
+def _may_read_back(x) -> bool:
+    """Tell whether a program may depend on a number: a GPU would be waited for, and a compiled program broken up."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def full(shape, value, dtype, like):

@@ -2,7 +2,8 @@
 
 A text often goes on as it did the last time that its last tokens occurred. What followed them there is the draft: one
 pass of the network over it tells what the model says at each of its positions, and the text takes as much of the draft
-as the model would have written itself. A pass reads all weights, so it costs little more for ten tokens than for one.
+as the model would have written itself. A pass reads all weights, whether it is over one token or over ten. Without a
+draft, it is over the last token alone.
 
     text so far    the cat sat . the cat        its last two tokens occurred before; `sat . the` followed
     one pass       the network reads   cat sat . the
@@ -36,8 +37,8 @@ from kllama.generation.decoding import Chunk, Decoding, Request
 from kllama.generation.engine import CHUNK, Inputs, State, Written, nothing_written, run_on
 from kllama.generation.network import Network
 
-LONGEST_NGRAM = 3
-"""How many of the last tokens are looked up at most; fewer where so many never occurred."""
+SHORTEST_NGRAM, LONGEST_NGRAM = 2, 3
+"""How many of the last tokens are looked up. After one common token a text goes on in too many ways."""
 
 
 class PromptLookup(Decoding):
@@ -202,33 +203,60 @@ def speculate(
     start = drafted.state.num_new + 0
     drafted = drafted._replace(token_ids=drafted.token_ids + 0, counts=drafted.counts + 0)
 
+    def propose(drafted):
+        length = inputs.lengths[0] + drafted.state.num_new
+        return find_draft(drafted.token_ids[0, :, 0], length, num_draft)
+
     def is_running(carry):
         state = carry[0].state
         return (state.num_new < start + num_steps) & ~backend.reduce_all(state.is_done)
 
-    def run_one(carry):
-        drafted, written = carry
-        state = drafted.state
-        length, order = inputs.lengths[0] + state.num_new, backend.arange(num_draft + 1, noise)
-        draft, is_found = find_draft(drafted.token_ids[0, :, 0], length, num_draft)
-        pieces = backend.concatenate([state.token, draft], 0)[None]
-        hidden_states, caches = run_on(network, state.caches, pieces, length - 1, inputs.lengths[0])
-        # One row for each token of the draft, as if all before it were taken.
-        logits, memory = network.logits(hidden_states[0]), _expect(state.memory, draft, length)
-        noise_now = _part(noise[0], state.num_new - start, num_draft + 1)
-        chosen = choose_next(logits, plan, inputs, memory, noise_now, state.num_new + order, num_tokens)
-        drafted = drafted._replace(state=state._replace(caches=caches))
-        return _take(drafted, written, draft, is_found, chosen, state.num_new - start, inputs, num_tokens)
+    def passing(size):
+        def run_one(carry):
+            drafted, written, (draft, _) = carry
+            draft, column = draft[:size], drafted.state.num_new - start
+            numbers = _part(noise[0], column, size + 1)
+            drafted, chosen = _choose(network, drafted, draft, inputs, numbers, plan, num_tokens)
+            drafted, written = _take(drafted, written, draft, chosen, column, inputs, num_tokens)
+            return drafted, written, propose(drafted)
 
-    carry = drafted, nothing_written(noise, plan)
-    return backend.run_while(is_running, run_one, carry, is_capturable=plan.only_computes)
+        return run_one
+
+    def run_some(carry):
+        """Loops in a loop: XLA would copy the caches that a choice between two kinds of pass gives."""
+        for size, has_draft in ((num_draft, True), (0, False)):
+            carry = backend.run_while(
+                lambda carry, has_draft=has_draft: is_running(carry) & (carry[2][1] == has_draft),
+                passing(size),
+                carry,
+                is_capturable=plan.only_computes,
+            )
+        return carry
+
+    return backend.run_while(is_running, run_some, (drafted, nothing_written(noise, plan), propose(drafted)))[:2]
+
+
+def _choose(network: Network, drafted: Drafted, draft, inputs: Inputs, noise, plan: Plan, num_tokens: int) -> tuple:
+    """Choose the token at each place of a draft (k,), and the one after it, as if all before it were taken.
+
+    Returns:
+        `(drafted, what choose_next gives for k + 1 rows)`.
+    """
+    state = drafted.state
+    length = inputs.lengths[0] + state.num_new
+    pieces = backend.concatenate([state.token, draft], 0)[None]
+    hidden_states, caches = run_on(network, state.caches, pieces, length - 1, inputs.lengths[0])
+    logits, memory = network.logits(hidden_states[0]), _expect(state.memory, draft, length)
+    num_new = state.num_new + backend.arange(noise.shape[0], noise)
+    chosen = choose_next(logits, plan, inputs, memory, noise, num_new, num_tokens)
+    return drafted._replace(state=state._replace(caches=caches)), chosen
 
 
 def find_draft(token_ids, length, num_draft: int):
     """Give what followed the last tokens of a text where they occurred before.
 
-    The longest match counts, of `LONGEST_NGRAM` tokens at most, and of the longest ones the latest. A draft that
-    reaches the end of the text goes on with its own beginning, so that what repeats in short periods fills it, too.
+    The longest match counts, of `SHORTEST_NGRAM` to `LONGEST_NGRAM` tokens, and of the longest ones the latest. A
+    draft that reaches the end of the text goes on with its own beginning, so that short periods fill it, too.
 
     Args:
         token_ids: int32 (S,), of which the first `length` are the text.
@@ -245,7 +273,8 @@ def find_draft(token_ids, length, num_draft: int):
         wanted = backend.reduce_max(backend.where(ends == length - n, token_ids, 0))
         before = backend.concatenate([backend.full((n,), -1, "int32", token_ids), token_ids[: size - n]], 0)
         is_match = is_match & (before == wanted)
-        score = backend.where(is_match, ends + n * size, score)
+        if n >= SHORTEST_NGRAM:
+            score = backend.where(is_match, ends + n * size, score)
     best = backend.reduce_max(score)
     is_found = best > 0
     start = backend.where(is_found, best % size, 0)
@@ -263,7 +292,7 @@ def _expect(memory: Memory, draft, length) -> Memory:
 
     The tokens that the text holds stay the same: a draft is a part of it.
     """
-    if isinstance(memory.token_ids, tuple):
+    if isinstance(memory.token_ids, tuple) or not draft.shape[0]:
         return memory
     place = backend.arange(memory.token_ids.shape[1], draft)[:, None] - length
     is_here = place == backend.arange(draft.shape[0], draft)[None]
@@ -272,11 +301,11 @@ def _expect(memory: Memory, draft, length) -> Memory:
     return memory._replace(token_ids=backend.repeat_axis(token_ids, draft.shape[0] + 1, 0))
 
 
-def _take(drafted: Drafted, written: Written, draft, is_found, chosen, column, inputs: Inputs, num_tokens: int):
+def _take(drafted: Drafted, written: Written, draft, chosen, column, inputs: Inputs, num_tokens: int) -> tuple:
     """Give a row the tokens that were chosen up to the first that no draft leads to, a stop token or its limit."""
     state, (tokens, log_probs, memory) = drafted.state, chosen
     order = backend.arange(tokens.shape[0], tokens)
-    num_accepted = backend.where(is_found, count_accepted(draft, tokens), 0)
+    num_accepted = count_accepted(draft, tokens)
     is_stop = backend.reduce_any(tokens[:, None] == inputs.stop_token_ids[None], -1)
     has_room = order < inputs.max_new[0] - state.num_new
     is_given = has_room & (order <= num_accepted) & (order <= backend.first_true(is_stop))
@@ -285,7 +314,7 @@ def _take(drafted: Drafted, written: Written, draft, is_found, chosen, column, i
     token = backend.minimum(backend.reduce_max(backend.where(is_last, tokens, 0)), num_tokens - 1)
     num_new = state.num_new + num_given
     is_done = state.is_done | backend.reduce_any(is_given & is_stop) | (num_new >= inputs.max_new)
-    counts = [order[0] + 1, _count(has_room[:-1] & is_found), _count(is_given & (order < num_accepted))]
+    counts = [order[0] + 1, _count(has_room[:-1]), _count(is_given & (order < num_accepted))]
     drafted = Drafted(
         State(state.caches, state.token * 0 + token, num_new, is_done, _at(memory, is_last)),
         backend.write_slots(drafted.token_ids, tokens[None, :, None], inputs.lengths[0] + state.num_new),

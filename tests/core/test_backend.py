@@ -19,6 +19,8 @@ def public_names(name: str) -> list[str]:
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     names = []
     for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module.endswith("_programs"):  # the rest of the same file
+            defined |= {alias.name for alias in node.names}
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 elements = target.elts if isinstance(target, ast.Tuple) else [target]
@@ -116,31 +118,39 @@ class TestPrimitives:
         assert "pjit" not in str(program)  # inside another program it leaves no trace
 
 
-class TestUniform:
-    def draw(self, seed, step, size=(3, 50)):
-        like = ops.zeros((1,))
-        seed, step = (ops.convert_to_tensor(np.int32(x)) for x in (seed, step))
-        return ops.convert_to_numpy(backend.uniform(seed, step, size, like))
+class TestLargest:
+    """The largest numbers of a row, found without sorting on JAX and TensorFlow."""
 
-    def test_range(self):
-        noise = self.draw(5, 7, (100, 1000))
-        assert noise.dtype == "float32" and noise.shape == (100, 1000)
-        assert 0 <= noise.min() < 1e-3 and 1 - 1e-3 < noise.max() < 1
-        assert noise.mean() == pytest.approx(0.5, abs=0.01) and noise.var() == pytest.approx(1 / 12, abs=0.01)
+    @pytest.fixture
+    def rows(self):
+        rows = np.random.default_rng(0).normal(0, 2, (5, 700)).astype("float32")
+        rows[0] = -np.abs(rows[0])
+        rows[1] = np.round(rows[1], 1)  # many are equal
+        rows[2, 10:] = -np.inf
+        rows[3] *= 1e30
+        rows[4, :4] = [0.0, -0.0, 1e-40, np.inf]
+        return rows
 
-    @pytest.mark.parametrize("seed, step", [(0, 0), (1, 2), (2**31 - 1, 2**31 - 1)])
-    def test_depends_on_seed_and_step_alone(self, seed, step):
-        first = self.draw(seed, step)
-        self.draw(3, 4)
-        np.random.rand()
-        np.testing.assert_array_equal(self.draw(seed, step), first)
+    @pytest.mark.parametrize("k", [1, 2, 5, 400, 699, 700, 5000])
+    def test_kth(self, rows, k):
+        found = backend.kth_largest(ops.convert_to_tensor(rows), ops.convert_to_tensor(float(k)))
+        np.testing.assert_array_equal(ops.convert_to_numpy(found), np.sort(rows)[:, ::-1][:, min(k, 700) - 1, None])
 
-    def test_each_seed_and_each_step_draws_anew(self):
-        pairs = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (1, 2), (2**31 - 1, 0), (0, 2**31 - 1)]
-        draws = [self.draw(*pair) for pair in pairs]
-        for i, one in enumerate(draws):
-            for other in draws[:i]:
-                assert (one == other).mean() < 0.01
+    @pytest.mark.parametrize("share", [1e-6, 0.1, 0.5, 0.9, 0.99])
+    def test_smallest_kept(self, rows, share):
+        rows = rows[:3]
+        weights = np.exp(rows - rows.max(-1, keepdims=True))
+        limits = share * weights.sum(-1, keepdims=True)
+        arrays = (ops.convert_to_tensor(array) for array in (rows, weights, limits))
+        found = ops.convert_to_numpy(backend.smallest_kept(*arrays))
+        for row, weight, limit, smallest in zip(rows, weights.astype("float64"), limits, found, strict=True):
+            above = np.array([weight[row > number].sum() for number in row])
+            assert smallest == row[above < limit].min()
+
+    def test_argmax(self):
+        rows = [[1, 3, 3], [np.nan, 1, 2], [np.nan] * 3, [-np.inf] * 3, [1, np.inf, 2], [-np.inf, -2, -1]]
+        found = backend.argmax(ops.convert_to_tensor(np.array(rows, "float32")))
+        assert ops.convert_to_numpy(found).tolist() == [1, 3, 3, 3, 3, 2]
 
 
 class TestCompileFunction:

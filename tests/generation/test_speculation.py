@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from kllama.generation import decoding, engine
 from kllama.generation.decoding import Decoding, Request
 from kllama.generation.network import Network
 from kllama.generation.sampling import GREEDY, Sampling, choose
-from kllama.generation.speculation import LONGEST_NGRAM, PromptLookup, PromptsInTurn, count_accepted, find_draft
+from kllama.generation.speculation import (
+    LONGEST_NGRAM,
+    SHORTEST_NGRAM,
+    PromptLookup,
+    PromptsInTurn,
+    count_accepted,
+    find_draft,
+    speculate,
+)
 
 VOCABULARY_SIZE, NUM_NEW = 8, 60
 ROWS = [[1, 2, 3, 4] * 3, [5, 0, 7, 7, 1, 3, 6, 2, 0, 4], [7]]
@@ -40,7 +49,7 @@ def compiler(model, **compile_options):
 
 def make_model(**arguments) -> kllama.LlamaCausalLM:
     sizes = {"num_layers": 2, "num_query_heads": 2, "hidden_dim": 8, "intermediate_dim": 12, "num_key_value_heads": 1}
-    backbone = kllama.LlamaBackbone(VOCABULARY_SIZE, **sizes, **arguments)
+    backbone = kllama.LlamaBackbone(VOCABULARY_SIZE, **{**sizes, **arguments})
     rng = np.random.default_rng(10)
     backbone.set_weights([rng.normal(0, 0.8, weight.shape) for weight in backbone.get_weights()])
     return kllama.LlamaCausalLM(backbone)
@@ -111,7 +120,7 @@ def check_counts(request: Request, given: list[list[int]], lookup, num_draft: in
 
 
 def slow_draft(text: list[int], num_draft: int) -> list[int] | None:
-    for n in range(min(LONGEST_NGRAM, len(text) - 1), 0, -1):
+    for n in range(min(LONGEST_NGRAM, len(text) - 1), SHORTEST_NGRAM - 1, -1):
         for end in range(len(text) - 1, n - 1, -1):
             if text[end - n : end] == text[-n:]:
                 draft = list(text)
@@ -212,6 +221,20 @@ def test_stop_tokens_and_limits_inside_a_draft(compiled):
         assert texts(PromptsInTurn(compiled, request_of(stop_token_ids=(stop,)), 4), 3) == expected
 
 
+@pytest.mark.only_on("torch")
+def test_stop_tokens_and_limits_inside_an_accepted_draft(compiled):
+    def count_on(token_ids, lengths, logits):
+        last = ops.take_along_axis(token_ids, lengths[:, None] - 1, axis=1)
+        return ops.where(ops.arange(8)[None] == (last + 1) % 8, 0.0, -np.inf)
+
+    prompt = [*range(8), 0, 1]
+    for stop, max_new, expected in ((5, 9, [2, 3, 4, 5]), (3, 9, [2, 3]), (1, 3, [2, 3, 4]), (1, 5, [2, 3, 4, 5, 6])):
+        request = request_of([prompt], max_new, (stop,), logits_processors=(count_on,))
+        lookup = PromptsInTurn(compiled, request, 4)
+        assert texts(lookup, 1) == [expected] and lookup.num_passes == 1
+        check_counts(request, [expected], lookup)
+
+
 def test_caches_grow(compiled, monkeypatch):
     monkeypatch.setattr(decoding, "_FIRST_SLOTS", 16)
     plain, drafted, lookup = both(compiled, request_of(max_new=150))
@@ -246,11 +269,10 @@ def test_what_repeats_itself_takes_few_passes(compiled):
 
 
 def test_without_a_match_nothing_is_proposed(compiled):
-    for token in range(VOCABULARY_SIZE):
-        lookup = PromptLookup(compiled, request_of([[token]], max_new=[2], sampling=HOT, seed=token), 4)
-        ((first, _),) = texts(lookup, 1)
-        assert (lookup.num_passes, lookup.num_proposed) == (1, int(first == token))
-        assert first == token or (lookup.num_accepted == 0 and np.isnan(lookup.acceptance_rate))
+    lookup = PromptLookup(compiled, request_of(ROWS[2:], max_new=[2]), 4)
+    assert len(texts(lookup, 1)[0]) == 2
+    assert (lookup.num_passes, lookup.num_proposed, lookup.num_accepted) == (1, 0, 0)
+    assert np.isnan(lookup.acceptance_rate)
 
 
 @pytest.mark.only_on("torch")
@@ -259,15 +281,16 @@ def test_passes_are_those_of_the_network(compiled, monkeypatch):
     monkeypatch.setattr(Network, "run", lambda *args: shapes.append(tuple(args[1].shape)) or run(*args))
     lookup = PromptLookup(compiled, request_of(ROWS[:1], **ALL), 4)
     (text,) = texts(lookup, 1)
-    assert shapes == [(1, 16)] + [(1, 5)] * lookup.num_passes
+    assert shapes[0] == (1, 16) and set(shapes[1:]) == {(1, 1), (1, 5)} and len(shapes) == 1 + lookup.num_passes
     # Each pass gives one token of its own, but for the last one where the limit comes before it.
     assert lookup.num_passes + lookup.num_accepted - (len(text) - 1) in (0, 1)
-    assert lookup.num_accepted < lookup.num_proposed <= 4 * lookup.num_passes
+    # Near the limit, drafts lose one to three tokens.
+    assert 0 <= 4 * shapes.count((1, 5)) - lookup.num_proposed <= 6
 
 
 @pytest.mark.only_on("torch")
 @pytest.mark.parametrize("options", [{}, {**ALL, "logits_processors": ()}], ids=["greedy", "sampled"])
-def test_passes_are_one_graph(model, compiled, monkeypatch, options):
+def test_passes_with_and_without_a_draft_are_a_graph_each(model, compiled, monkeypatch, options):
     import torch
 
     def note(graph, _):
@@ -277,7 +300,22 @@ def test_passes_are_one_graph(model, compiled, monkeypatch, options):
     graphs, request = [], request_of(ROWS[:1], **options)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=note))
     given = texts(PromptLookup(compiler(model, jit_compile=True), request, 4, chunk=16), 1)
-    assert len(graphs) == 1 and given == texts(PromptLookup(compiled, request, 4), 1)
+    assert len(graphs) == 2 and given == texts(PromptLookup(compiled, request, 4), 1)
+
+
+@pytest.mark.only_on("jax")
+def test_no_pass_copies_a_cache():
+    texts_of_programs, compile_one = [], compiler(make_model(num_key_value_heads=2))
+
+    def compiled(function, **settings):
+        program = compile_one(function, **settings)
+        if function is not speculate:
+            return program
+        return lambda *arrays: texts_of_programs.append(program.lower(*arrays).compile().as_text()) or program(*arrays)
+
+    list(PromptLookup(compiled, request_of(ROWS[:1]), 4))
+    (text,) = texts_of_programs
+    assert "f32[2,128,4]" in text and not re.search(r"= f32\[2,128,4\]\S* copy\(", text)
 
 
 @pytest.mark.only_on("torch")
@@ -346,7 +384,7 @@ def test_the_first_two_tokens_have_the_exact_distribution():
 @pytest.mark.parametrize("num_prompts", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_texts_have_the_exact_distribution(model, compiled, num_prompts):
     """Three tokens after one prompt: the first without a draft, the others with one."""
-    prompt = ROWS[1]
+    prompt = [5, 0, 5, 1, 5, 2, 5, 3, 5, 4, 5, 6, 5, 7, 5]  # what may follow has followed before, and then came a 5
     pairs = np.array([[*prompt, *pair] for pair in itertools.product(range(8), repeat=2)], "int32")
     inputs = {"token_ids": pairs, "padding_mask": np.ones_like(pairs)}
     logits = ops.convert_to_numpy(model(inputs)).astype("float64")
