@@ -3,7 +3,6 @@
 All sizes are such that no two kinds of tensor have the same number of elements.
 """
 
-import functools
 import math
 import re
 
@@ -79,7 +78,8 @@ def zeros_instead(program, arguments):
         results = program.get_concrete_function(*arguments).structured_outputs
     else:
         results = program.lower(*arguments).out_info
-    return keras.tree.map_structure(lambda x: keras.ops.zeros(x.shape, keras.backend.standardize_dtype(x.dtype)), results)
+    dtype = keras.backend.standardize_dtype
+    return keras.tree.map_structure(lambda x: keras.ops.zeros(x.shape, dtype(x.dtype)), results)
 
 
 class Optimised:
