@@ -185,12 +185,13 @@ def _fresh(report: dict) -> tuple[str, list[str], list[list[str]]]:
                 f"{result['load']:.1f}",
                 f"{result['first_call']:.2f}",
                 f"{result['first_call'] - result['later_call']:.2f}",
+                f"{result['loaded'] / weights:.2f}",
                 f"{result['held'] / weights:.2f}",
                 f"{result['peak'] / weights:.2f}",
             ]
         )
     model = report["fresh"][0]["model"] if report["fresh"] else ""
-    header = ["backend", "library", "dtype", "load, s", "first call, s", "of it once", "memory held", "peak"]
+    header = ["backend", "library", "dtype", "load, s", "first call, s", "of it once", "memory loaded", "held", "peak"]
     return f"A new process, {model}, prompt 16 + 128; memory over that of the float32 weights", header, rows
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "repeat_axis",
     "reshape",
     "rms_normalize",
+    "round",
     "run_steps",
     "run_while",
     "shape",
@@ -69,7 +70,7 @@ RUNS_AHEAD = True
 """Whether calls return before they are computed; here programs run in the background."""
 
 cos, sin, exp, log, where, reshape = jnp.cos, jnp.sin, jnp.exp, jnp.log, jnp.where, jnp.reshape
-maximum, minimum = jnp.maximum, jnp.minimum
+maximum, minimum, round = jnp.maximum, jnp.minimum, jnp.round
 einsum, softmax, transpose, cumsum = jnp.einsum, jax.nn.softmax, jnp.transpose, jnp.cumsum
 reduce_max, reduce_sum, reduce_all, reduce_any = jnp.max, jnp.sum, jnp.all, jnp.any
 

@@ -49,6 +49,7 @@ __all__ = [
     "repeat_axis",
     "reshape",
     "rms_normalize",
+    "round",
     "run_steps",
     "run_while",
     "shape",
@@ -69,7 +70,7 @@ RUNS_AHEAD = False
 """Whether calls return before they are computed; here a call ends when its program has."""
 
 cos, sin, exp, log, where, cast = tf.cos, tf.sin, tf.exp, tf.math.log, tf.where, tf.cast
-maximum, minimum = tf.maximum, tf.minimum
+maximum, minimum, round = tf.maximum, tf.minimum, tf.round
 einsum, softmax, concatenate, reshape = tf.einsum, tf.nn.softmax, tf.concat, tf.reshape
 transpose, cumsum = tf.transpose, tf.cumsum
 reduce_max, reduce_sum, reduce_all, reduce_any = tf.reduce_max, tf.reduce_sum, tf.reduce_all, tf.reduce_any
@@ -350,10 +351,9 @@ def compile_function(
         return function
     if jit_compile == "auto":
         jit_compile = not (sys.platform == "darwin" and tf.config.list_physical_devices("GPU"))
-    # TensorFlow counts how often a function is traced by its code, which the programs of several models have in common,
-    # and would warn; a partial has none.
-    function = functools.partial(function)
-    return tf.function(function, jit_compile=jit_compile, reduce_retracing=False, autograph=False)
+    program = tf.function(function, jit_compile=jit_compile, reduce_retracing=False, autograph=False)
+    program._omit_frequent_tracing_warning = True  # to trace it for each bucket of lengths is what it is for
+    return program
 
 
 def variables_state(variables) -> list:

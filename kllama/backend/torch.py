@@ -47,6 +47,7 @@ __all__ = [
     "repeat_axis",
     "reshape",
     "rms_normalize",
+    "round",
     "run_steps",
     "run_while",
     "shape",
@@ -67,10 +68,11 @@ RUNS_AHEAD = False
 """Whether calls return before they are computed; here operations on a CPU end before they return."""
 
 _FEW_NUMBERS = 256  # of a sorted row, that are looked at first
-_FEW_ROWS, _LARGE_KERNEL = 16, 2**17  # rows and elements, by measurement; see benchmarks/README.md
+# Rows, elements of a kernel and its columns, by measurement; see `_product`.
+_FEW_ROWS, _LARGE_KERNEL, _MANY_COLUMNS = 16, 2**16, 8192
 
 cos, sin, exp, log, where, reshape = torch.cos, torch.sin, torch.exp, torch.log, torch.where, torch.reshape
-einsum = torch.einsum
+einsum, round = torch.einsum, torch.round
 transpose, cumsum = torch.permute, torch.cumsum
 reduce_max, reduce_sum, reduce_all, reduce_any = torch.amax, torch.sum, torch.all, torch.any
 
@@ -250,15 +252,19 @@ def _product(x, kernel):
     """Multiply (..., D) by (D, F); a few rows by all threads.
 
     MKL multiplies a few float32 rows on one thread, which cannot read the kernel as fast as the memory gives it. Parts
-    of the sum, one for each thread, are a batch of products, and these run side by side.
+    of the kernel's columns, one for each thread, are a batch of products, and these run side by side.
     """
     num_rows, num_parts = x.numel() // x.shape[-1], _num_threads()
     is_few = num_rows <= _FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
-    if not is_few or num_parts == 1 or kernel.shape[0] % num_parts or kernel.numel() < _LARGE_KERNEL:
+    if not is_few or num_parts == 1 or kernel.shape[1] % num_parts or kernel.numel() < _LARGE_KERNEL:
         return torch.matmul(x, kernel)
-    parts = x.reshape(num_rows, num_parts, -1).transpose(0, 1)
-    product = torch.bmm(parts, kernel.unflatten(0, (num_parts, -1))).sum(0)
-    return product.view(*x.shape[:-1], -1)
+    rows = x.reshape(1, num_rows, -1).expand(num_parts, -1, -1)
+    columns = kernel.unflatten(1, (num_parts, -1)).transpose(0, 1)
+    if kernel.shape[1] > _MANY_COLUMNS and kernel.stride(0) == 1:  # as PyTorch's files have it: (F, D) in memory
+        product = torch.bmm(columns.transpose(1, 2), rows.transpose(1, 2)).permute(2, 0, 1)
+    else:
+        product = torch.bmm(rows, columns).transpose(0, 1)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 @torch.compiler.assume_constant_result  # Its call cannot be part of a compiled program.

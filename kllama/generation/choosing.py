@@ -108,7 +108,6 @@ def choose_next(logits, plan: Plan, inputs, memory: Memory, noise, num_new, num_
         positive infinity, and for one without a finite logit.
     """
     raw, logits, lengths = logits, logits[:, :num_tokens], inputs.lengths + num_new
-    ids = backend.arange(num_tokens, logits)
     if plan.penalizes:
         logits = penalize(logits, memory.seen, inputs.values[4])
     if plan.holds_back:
@@ -122,7 +121,7 @@ def choose_next(logits, plan: Plan, inputs, memory: Memory, noise, num_new, num_
         token, variables = _draw_by(plan.sampling.sampler, logits, memory.variables)
     seen, token_ids = memory.seen, memory.token_ids
     if plan.penalizes:
-        seen = seen | (ids[None] == token[:, None])
+        seen = seen | (backend.arange(num_tokens, logits)[None] == token[:, None])
     if plan.processors:
         is_here = backend.arange(token_ids.shape[1], token_ids)[None] == lengths[:, None]
         token_ids = backend.where(is_here, token[:, None], token_ids)

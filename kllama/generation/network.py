@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable
 
 import keras
+from keras.quantizers import AbsMaxQuantizer
 
 from kllama import backend
 from kllama.core.attention import attention
 from kllama.core.decoder_block import decoder_block
 from kllama.core.feed_forward import feed_forward
+from kllama.core.int8 import matmul_int8
 from kllama.core.normalization import rms_norm
 
 
@@ -100,11 +102,14 @@ def _block(layer) -> Callable:
 
 def _head(layer: keras.layers.Layer) -> Callable:
     """Give what turns hidden states into logits as a function of arrays."""
-    if layer.quantization_mode is not None:
+    if layer.quantization_mode is not None and not _is_plain_int8(layer):
         return functools.partial(layer, reverse=True)
-    table = layer.embeddings if layer.tie_weights else layer.reverse_embeddings.value
-    kernel = backend.cast(keras.ops.convert_to_tensor(table), layer.compute_dtype)
-    return functools.partial(backend.matmul_float32, kernel=kernel, transpose=layer.tie_weights)
+    table = keras.ops.convert_to_tensor(layer.embeddings if layer.tie_weights else layer.reverse_embeddings)
+    if layer.quantization_mode is None:
+        kernel = backend.cast(table, layer.compute_dtype)
+        return functools.partial(backend.matmul_float32, kernel=kernel, transpose=layer.tie_weights)
+    scale = layer.embeddings_scale if layer.tie_weights else layer.reverse_embeddings_scale
+    return _int8_product(layer, table, backend.cast(scale.value, "float32"), layer.tie_weights)
 
 
 def _composed(outer: Callable, inner: Callable) -> Callable:
@@ -119,8 +124,7 @@ def _projection(layer: keras.layers.Layer) -> Callable:
     """Give what a projection does as a function of arrays."""
     if type(layer) is not keras.layers.EinsumDense:
         return layer
-    is_int8 = layer.quantization_mode == "int8" and layer.inputs_quantizer is not None and not layer.lora_enabled
-    if layer.quantization_mode is not None and not is_int8:
+    if layer.quantization_mode is not None and not _is_plain_int8(layer):
         return layer
     kernel = keras.ops.convert_to_tensor(layer.kernel)  # with LoRA's, if it has any
     sizes = tuple(kernel.shape)
@@ -132,11 +136,10 @@ def _projection(layer: keras.layers.Layer) -> Callable:
         return backend.reshape(backend.cast(variable.value, layer.compute_dtype), (math.prod(sizes_out),))
 
     bias = None if layer.bias is None else row(layer.bias)
-    if is_int8:
-        scale = row(layer.kernel_scale)
-        multiply = functools.partial(_linear_int8, kernel=kernel, scale=scale, bias=bias, round=layer.inputs_quantizer)
-    else:
+    if layer.quantization_mode is None:
         multiply = functools.partial(backend.linear, kernel=backend.cast(kernel, layer.compute_dtype), bias=bias)
+    else:
+        multiply = _with_bias(_int8_product(layer, kernel, row(layer.kernel_scale)), bias)
     return functools.partial(_project, multiply=multiply, size_in=math.prod(sizes_in), sizes_out=sizes_out)
 
 
@@ -145,8 +148,23 @@ def _project(x, multiply, size_in, sizes_out):
     return backend.reshape(multiply(backend.reshape(x, (*rows, size_in))), (*rows, *sizes_out))
 
 
-def _linear_int8(x, kernel, scale, bias, round):
-    """Multiply (..., D) by an int8 kernel (D, F), as the layer does, but over two axes, which need no transpose."""
-    rounded, row_scale = round(x, axis=-1)
-    product = backend.cast(backend.matmul_int32(rounded, kernel), x.dtype) / (row_scale * scale)
-    return product if bias is None else product + bias
+def _is_plain_int8(layer) -> bool:
+    """Tell whether a layer rounds its inputs row by row to int8, and multiplies them by an int8 kernel."""
+    rounding = layer.inputs_quantizer if layer.quantization_mode == "int8" else None
+    return type(rounding) is AbsMaxQuantizer and rounding.output_dtype == "int8" and not layer.lora_enabled
+
+
+def _int8_product(layer, kernel, scale, transpose: bool = False) -> Callable:
+    rounding = layer.inputs_quantizer
+    return functools.partial(
+        matmul_int8,
+        kernel=kernel,
+        scale=scale,
+        value_range=rounding.value_range,
+        epsilon=rounding.epsilon,
+        transpose=transpose,
+    )
+
+
+def _with_bias(multiply: Callable, bias) -> Callable:
+    return multiply if bias is None else lambda x: multiply(x) + bias

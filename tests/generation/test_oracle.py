@@ -5,7 +5,6 @@
 
 import dataclasses
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -22,7 +21,6 @@ from kllama.models.continuation import run_plainly
 
 VOCABULARY_SIZE, NUM_TOKENS, BATCH_SIZE, LONGEST, MAX_NEW = 60, 55, 6, 40, 24
 POISON, POISON_LENGTH = 0, 45
-IS_COMPILED = keras.config.backend() != "torch"
 
 few_or_many = pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)], ids=["few", "many"])
 
@@ -179,7 +177,7 @@ def test_log_probabilities_are_those_of_whole_forward_passes(model, compiled):
         np.testing.assert_allclose(found, row[positions, tokens], atol=2e-4)
 
 
-@pytest.mark.skipif(not IS_COMPILED, reason="PyTorch runs the functions themselves at each call")
+@pytest.mark.only_on("jax", "tensorflow")
 def test_other_numbers_are_no_other_programs(compiled):
     rng = np.random.default_rng(5)
     by_engine(compiled, random_request(rng, **every_option(rng)))
