@@ -6,7 +6,6 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import keras
 
 CACHE_VARIABLE = "KLLAMA_COMPILE_CACHE"
@@ -43,9 +42,7 @@ def run_steps(step, is_over, caches, rest, num_steps, most_steps: int, is_captur
     Returns:
         `(caches, rest)`.
     """
-    del is_capturable
-    if _loops_ask_the_host():
-        return _run_most_steps(step, is_over, caches, rest, num_steps, most_steps)
+    del most_steps, is_capturable  # a loop on an accelerator asks the host after each turn, which a step dwarfs
 
     def is_running(carry):
         num_taken, _, rest = carry
@@ -56,22 +53,6 @@ def run_steps(step, is_over, caches, rest, num_steps, most_steps: int, is_captur
         return num_taken + 1, *step(caches, rest)
 
     return jax.lax.while_loop(is_running, take, (0, caches, rest))[1:]
-
-
-def _loops_ask_the_host() -> bool:
-    """Tell whether the host decides after each turn of a loop if there is another; it need not if it knows how many."""
-    return jax.default_backend() != "cpu"
-
-
-def _run_most_steps(step, is_over, caches, rest, num_steps, most_steps):
-    def take(num_taken, carry):
-        caches, rest = carry
-        is_running = (num_taken < num_steps) & ~is_over(rest)
-        caches, new = step(caches, rest)
-        # Not the caches: a choice between two of them would be a copy.
-        return caches, jax.tree.map(functools.partial(jnp.where, is_running), new, rest)
-
-    return jax.lax.fori_loop(0, most_steps, take, (caches, rest))
 
 
 def compile_function(

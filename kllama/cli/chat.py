@@ -23,6 +23,9 @@ TEMPLATES = ("llama2", "llama3", "llama3.1", "chatml", "vicuna", "mistral")
 MAX_LINE = 1_000_000
 """How many characters a message may have; a binary file on stdin has no lines."""
 
+MAX_ANSWER = 1024
+"""How many tokens an answer has at most where nothing is said about it."""
+
 EPILOG = "/reset begins a new conversation, /quit or Ctrl-D ends the program, Ctrl-C ends an answer."
 
 
@@ -110,10 +113,6 @@ class Conversation:
         self._sampling = dict(sampling)
         seed = self._sampling.pop("seed")
         self._seeds = itertools.repeat(None) if seed is None else itertools.count(seed)
-        if sampling["max_new_tokens"] is None:
-            # Without a word on lengths an answer ends where the model's positions do.
-            longest = model.backbone.max_sequence_length
-            self._sampling |= {"max_new_tokens": 1024} if longest is None else {"max_length": longest}
 
     def run(self, lines: Iterator[str]) -> None:
         """Answer lines until there are none, or one says /quit."""
@@ -141,13 +140,23 @@ class Conversation:
 
     def _written(self, messages: list[dict], pieces: list[str]) -> Iterator[str]:
         """Give an answer in pieces, and put them into a list; Ctrl-C ends it."""
-        answer = self._model.stream(messages, seed=next(self._seeds), **self._sampling)
+        lengths = {"max_new_tokens": self._room_for_answer(messages)}
+        answer = self._model.stream(messages, seed=next(self._seeds), **self._sampling | lengths)
         with contextlib.closing(answer), interruptions() as is_interrupted:
             for piece in answer:
                 pieces.append(piece)
                 yield piece
                 if is_interrupted():
                     return
+
+    def _room_for_answer(self, messages: list[dict]) -> int:
+        """Give how many tokens an answer may have: what was asked for, else many, as far as there is room."""
+        if (asked := self._sampling["max_new_tokens"]) is not None:
+            return asked
+        longest = self._model.backbone.max_sequence_length
+        if longest is None:
+            return MAX_ANSWER
+        return max(1, min(MAX_ANSWER, longest - len(self._model.preprocessor.prompt_rows(messages)[0])))
 
 
 @contextlib.contextmanager

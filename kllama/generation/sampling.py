@@ -66,7 +66,7 @@ class Sampling:
     def plan(self) -> "SamplingPlan":
         """What a compiled program is made for."""
         if self.is_greedy or self.sampler is not None:
-            return SamplingPlan(self.is_greedy, False, False, False, self.sampler)
+            return SamplingPlan(self.is_greedy, False, False, False, self.sampler, _settings_of(self.sampler))
         return SamplingPlan(False, self.top_k is not None, self.top_p < 1, self.min_p > 0)
 
     @property
@@ -83,6 +83,7 @@ class SamplingPlan(NamedTuple):
     cuts_top_p: bool
     cuts_min_p: bool
     sampler: keras_hub.samplers.Sampler | None = None
+    sampler_settings: tuple = ()
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -99,6 +100,13 @@ def sampling_of(sampler) -> Sampling | None:
     if type(sampler) is keras_hub.samplers.TopPSampler and sampler.k is None:
         return Sampling(sampler.temperature, top_p=sampler.p)
     return None if _has_own_loop(sampler) else Sampling(sampler=sampler)
+
+
+def _settings_of(sampler) -> tuple:
+    """Give what a sampler's numbers and names are now: a program has them built in."""
+    if sampler is None:
+        return ()
+    return tuple((name, value) for name, value in sorted(vars(sampler).items()) if isinstance(value, int | float | str))
 
 
 def _has_own_loop(sampler) -> bool:
@@ -122,7 +130,8 @@ def choose(logits, plan: SamplingPlan, values, noise):
     """
     if plan.is_greedy:
         return backend.argmax(logits)
-    return draw(keep(logits, plan, values), noise)
+    # The largest becomes 0 first: a tiny temperature leaves it there, and removes the others.
+    return draw(keep(logits - backend.reduce_max(logits, -1)[:, None], plan, values), noise)
 
 
 def keep(logits, plan: SamplingPlan, values):

@@ -31,7 +31,8 @@ _STOP_STRING_CHUNK = 16
 def continue_prompts(model, call: SettledCall) -> Continued:
     """Continue each row until a stop token, a stop string or its limit, by the loop that is to do it."""
     if not call.rows:
-        return Continued(np.zeros((0, 0), "int32"), np.zeros(0, "int32"), None, [], [])
+        log_probs = np.zeros((0, 0), "float32") if call.options.return_dict else None
+        return Continued(np.zeros((0, 0), "int32"), np.zeros(0, "int32"), log_probs, [], [])
     written = WrittenRows(call)
     if call.loop == "protocol":
         written.take_whole(*_write_by_protocol(model, call))
@@ -185,8 +186,9 @@ def _write_by_protocol(model, call: SettledCall) -> tuple:
     """Let a loop that is not ours write up to one common length."""
     limits, prompts = call.limits, call.prompts
     if limits.min() != limits.max():
+        lengths = sorted(set(limits.tolist()))
         raise ValueError(
-            f"max_new_tokens with prompts of different lengths asks for different lengths {sorted(set(limits))}, which "
+            f"max_new_tokens with prompts of different lengths asks for different lengths {lengths}, which "
             f"{type(model.sampler).__name__} cannot do; expected max_length."
         )
     width = int(limits[0])

@@ -14,15 +14,13 @@ from kllama.arguments import check_flag, check_integer
 from kllama.checkpoints.huggingface.config import GENERATION_KEYS
 from kllama.checkpoints.presets.sampler import SAMPLER_NAMES
 from kllama.generation.sampling import GREEDY, Sampling, sampling_of
-from kllama.models.generate_options import GenerateOptions
+from kllama.models.generate_options import SAMPLING_NAMES, GenerateOptions
 from kllama.models.prompts import Prompts
 from kllama.text.tokenizer import LlamaTokenizer
 from kllama.training.losses import IGNORED_ID
 
 MAX_SEED = 2**63
 """Seeds are below this."""
-
-_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 KERAS_HUB_DEFAULT = Sampling(top_k=5)
 """What `compile(sampler="top_k")` means."""
@@ -271,7 +269,7 @@ def _sampling_of_checkpoint(generation_config: Mapping, is_asked: bool) -> Sampl
 
 
 def _sampling_settings(generation_config: Mapping) -> dict:
-    settings = {name: generation_config[name] for name in _SAMPLING_NAMES if name in generation_config}
+    settings = {name: generation_config[name] for name in SAMPLING_NAMES if name in generation_config}
     if settings.get("top_k") == 0:  # how transformers' files say that all tokens are kept
         del settings["top_k"]
     return settings

@@ -18,7 +18,7 @@ from kllama.models.prompts import Prompts
 MAX_STOP_STRINGS = 256
 """How many stop strings a call may have; more are a mistake, such as a text given as the list of its words."""
 
-_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class GenerateOptions:
     @property
     def sampling(self) -> dict:
         """What the call says of sampling, by name; None where it does not say."""
-        return {name: getattr(self, name) for name in _SAMPLING_NAMES}
+        return {name: getattr(self, name) for name in SAMPLING_NAMES}
 
 
 @dataclasses.dataclass(frozen=True)

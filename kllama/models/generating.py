@@ -62,7 +62,8 @@ def settle(model, inputs, options: GenerateOptions) -> SettledCall:
         options.stop_token_ids, prompts, model.preprocessor, model.generation_config, model.backbone
     )
     tokenizer = resolve_tokenizer(model.preprocessor, options)
-    check_memory(model.backbone, limits, options.num_return_sequences)
+    # Drafts are for one sequence at a time, so that the caches of one are there at any time.
+    check_memory(model.backbone, limits, options.num_return_sequences, options.prompt_lookup_num_tokens is not None)
     loop = _resolve_loop(model, options)
     return SettledCall(prompts, limits, tuple(stop_token_ids), *loop, tokenizer, options)
 

@@ -348,9 +348,17 @@ class LlamaCausalLM(GeneratingModel):
         self._asked_jit_compile = kwargs.get("jit_compile", "auto")
         self.sampler = sampler
 
+    def get_compile_config(self):
+        """Describe how the model was compiled, as in Keras; it notes what "auto" came to, so that stands here, too."""
+        config = super().get_compile_config()
+        return {**config, "asked_jit_compile": self._asked_jit_compile} if config else config
+
     def compile_from_config(self, config):
         """Compile as `get_compile_config` described; the sampler is part of the model's own config."""
-        self.compile(**keras.saving.deserialize_keras_object(config), sampler=self._sampler_choice)
+        config = keras.saving.deserialize_keras_object(config)
+        # What "auto" came to on one backend is nothing that was asked for, and not what another one would make of it.
+        config["jit_compile"] = config.pop("asked_jit_compile", "auto")
+        self.compile(**config, sampler=self._sampler_choice)
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 

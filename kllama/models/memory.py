@@ -7,18 +7,19 @@ from kllama.errors import ResourceError
 from kllama.generation import kv_cache
 
 
-def check_memory(backbone, limits: np.ndarray, num_sequences: int) -> None:
+def check_memory(backbone, limits: np.ndarray, num_sequences: int, one_by_one: bool = False) -> None:
     """Raise a ResourceError for rows whose keys and values are more than the device could ever hold.
 
     Args:
         backbone: a `LlamaBackbone`.
         limits: int32 (B,), the length at which each prompt's rows end.
         num_sequences: how many rows each prompt has.
+        one_by_one: whether the rows are written one after another.
     """
     available = backend.device_memory()
     if available is None or not len(limits):  # TensorFlow does not tell the memory of a GPU
         return
-    num_rows, num_slots = len(limits) * num_sequences, int(limits.max())
+    num_rows, num_slots = 1 if one_by_one else len(limits) * num_sequences, int(limits.max())
     sizes = backbone.num_key_value_heads, backbone.head_dim, backbone.compute_dtype
     needed = backbone.num_layers * kv_cache.num_bytes(num_rows, num_slots, *sizes)
     if needed > available:

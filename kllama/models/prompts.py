@@ -37,10 +37,6 @@ class Prompts:
     cut: Callable | None = None
 
     @property
-    def is_empty(self) -> bool:
-        return not self.rows
-
-    @property
     def lengths(self) -> np.ndarray:
         return np.array([len(row) for row in self.rows], "int32")
 

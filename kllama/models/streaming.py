@@ -41,7 +41,7 @@ def stream(model, inputs, options: Mapping) -> Iterator[str] | Iterator[int]:
     strips = call.prompts.is_chat if call.options.strip_prompt is None else call.options.strip_prompt
     before = [] if strips else call.prompts.rows[0].tolist()
     ids = _write(model, call)
-    return _joined(before, ids) if call.prompts.finish_text is None else _read(call, before, ids)
+    return _ended(call, before, ids) if call.prompts.finish_text is None else _read(call, before, ids)
 
 
 def chat(model, messages, options: Mapping) -> str:
@@ -135,9 +135,15 @@ def next_chunk(num_steps: int, seconds: float) -> int:
     return max(1, min(wanted, 2 * num_steps, engine.CHUNK))
 
 
-def _joined(before: list[int], ids: Iterator[int]) -> Iterator[int]:
+def _ended(call: SettledCall, before: list[int], ids: Iterator[int]) -> Iterator[int]:
+    """Give ids, up to the one that makes a stop string whole."""
     yield from before
-    yield from ids
+    stops = StopText(call.options.stop_strings, call.rows, call.tokenizer) if call.options.stop_strings else None
+    with contextlib.closing(ids):
+        for token_id in ids:
+            yield token_id
+            if stops is not None and stops.add(0, [token_id]) and stops.is_found[0]:
+                return
 
 
 def _read(call: SettledCall, before: list[int], ids: Iterator[int]) -> Iterator[str]:

@@ -28,7 +28,10 @@ class TalkingModel:
     """Stands in for a loaded model: says what it was told last, and remembers how it was called."""
 
     def __init__(self, chat_template="chatml", longest=None):
-        self.preprocessor = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=chat_template))
+        self.preprocessor = SimpleNamespace(
+            tokenizer=SimpleNamespace(chat_template=chat_template),
+            prompt_rows=lambda messages: [[7] * 60 * len(messages)],
+        )
         self.backbone = SimpleNamespace(max_sequence_length=longest)
         self.calls = []
         self.error = None
@@ -94,13 +97,12 @@ def test_options_reach_the_model(model, talk):
     assert [options["seed"] for _, options in model.calls] == [3, 4]  # the same question is not to get the same answer
 
 
-@pytest.mark.parametrize(("longest", "length"), [(None, {"max_new_tokens": 1024}), (64, {"max_length": 64})])
-def test_an_answer_ends_where_the_positions_do(model, talk, longest, length):
+@pytest.mark.parametrize(("longest", "lengths"), [(None, [1024, 1024]), (10**6, [1024, 1024]), (190, [130, 10])])
+def test_an_answer_ends_where_the_positions_do(model, talk, longest, lengths):
     model.backbone.max_sequence_length = longest
-    assert talk("a\n") == 0
-    options = model.calls[0][1]
-    assert {name: options[name] for name in length} == length
-    assert options["max_new_tokens"] == length.get("max_new_tokens") and options["seed"] is None
+    assert talk("a\nb\n") == 0
+    assert [options["max_new_tokens"] for _, options in model.calls] == lengths
+    assert all(options["seed"] is None and "max_length" not in options for _, options in model.calls)
 
 
 def test_a_model_without_a_template(model, talk, capsys):

@@ -229,6 +229,16 @@ def test_greedy_takes_the_largest(sampling):
     assert ops.convert_to_numpy(tokens).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("temperature", [1e-9, 1e-30])
+def test_a_tiny_temperature_takes_the_largest(temperature, top_p):
+    logits = np.random.default_rng(5).normal(0, 7, (50, 300)).astype("float32")
+    sampling = Sampling(temperature, top_p=top_p)
+    program = backend.compile_function(lambda x, y: choose(x, sampling.plan, sampling.values, y), [])
+    tokens = program(ops.convert_to_tensor(logits), noise(50))
+    assert ops.convert_to_numpy(tokens).tolist() == logits.argmax(-1).tolist()
+
+
 def test_a_small_temperature_all_but_takes_the_largest():
     logits = ops.convert_to_tensor(np.repeat(logits_of(PROBABILITIES), 100, axis=0))
     for temperature, num_different in ((0.01, 1), (3.0, 4)):

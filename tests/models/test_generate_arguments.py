@@ -181,6 +181,7 @@ class TestPrompts:
         assert stories260k.generate([]) == []
         result = stories260k.generate([], return_dict=True)
         assert result["texts"] == result["finish_reasons"] == [] and len(result["token_ids"]) == 0
+        assert result["log_probs"].shape == result["token_ids"].shape
         assert model.generate({"token_ids": np.zeros((0, 3))})["token_ids"].shape == (0, 3)
 
     def test_one_as_long_as_max_length(self, stories260k):

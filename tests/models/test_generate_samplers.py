@@ -3,6 +3,7 @@
 import dataclasses
 
 import keras_hub
+import numpy as np
 import pytest
 from keras import ops
 
@@ -52,6 +53,15 @@ def test_the_state_is_kept_when_a_row_ends_early(model, token_ids):
     sampler.seed_generator.state.assign([5, 0])
     model.generate(prompt, sampler=sampler, max_length=20, stop_token_ids=ids[2:3])
     assert state_of(sampler) == [5, ids.index(ids[2]) + 1]
+
+
+def test_another_number_of_a_sampler_counts_from_the_next_call_on(model, token_ids):
+    sampler = keras_hub.samplers.TopPSampler(p=0.9, k=40, seed=5, temperature=5.0)
+    inputs = {"token_ids": np.repeat(token_ids[:1], 8, axis=0)}
+    hot = model.generate(inputs, sampler=sampler, **ONE_TOKEN)["token_ids"][:, -1]
+    sampler.temperature = 1e-3
+    cold = model.generate(inputs, sampler=sampler, **ONE_TOKEN)["token_ids"][:, -1]
+    assert len(set(hot.tolist())) > 1 and len(set(cold.tolist())) == 1
 
 
 def test_a_sampler_of_the_call_beats_that_of_compile(model, token_ids):

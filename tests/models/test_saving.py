@@ -438,6 +438,19 @@ def test_training_goes_on(tmp_path, own):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("asked", ["auto", True, False])
+def test_what_was_asked_of_the_compiler(tmp_path, asked):
+    model = build(SIZES)
+    model.compile(jit_compile=asked)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded._asked_jit_compile == asked
+    config = model.get_compile_config()
+    del config["asked_jit_compile"]  # as kllama 0.1 wrote it
+    loaded.compile_from_config(config)
+    assert loaded._asked_jit_compile == "auto"
+
+
 @pytest.mark.parametrize(
     "choice, expected",
     [

@@ -92,6 +92,9 @@ class TestStream:
         assert list(stories260k.stream(prompt, max_new_tokens=60, **GREEDY)) == expected.tolist()
         whole = [1, 403, 407, 261, *expected]
         assert list(stories260k.stream(prompt, max_new_tokens=60, strip_prompt=False, **GREEDY)) == whole
+        stopped = {"stop_strings": ["girl", "Tim"], "max_new_tokens": 60, **GREEDY}
+        expected = stories260k.generate(prompt, strip_prompt=True, **stopped)["token_ids"][0]
+        assert len(expected) < 60 and list(stories260k.stream(prompt, **stopped)) == expected.tolist()
 
     @pytest.mark.parametrize("steps", [1, 5, 64])
     def test_the_text_does_not_depend_on_the_chunks(self, stories260k, monkeypatch, steps):
