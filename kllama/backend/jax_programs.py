@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import sys
+import weakref
 
 import jax
 import keras
@@ -74,16 +75,18 @@ def compile_function(
     if is_eager:
         return function
     keep_programs()
+    references = [weakref.ref(variable) for variable in variables]  # which are not to live for a program's sake
 
     @functools.partial(jax.jit, donate_argnums=1 if donates else ())
     def traced(values, *arrays):
+        variables = [reference() for reference in references]
         with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
             return function(*arrays)
 
     def run(*arrays):
-        return traced([variable.value for variable in variables], *arrays)
+        return traced([reference().value for reference in references], *arrays)
 
-    run.lower = lambda *arrays: traced.lower([variable.value for variable in variables], *arrays)
+    run.lower = lambda *arrays: traced.lower([reference().value for reference in references], *arrays)
     return run
 
 

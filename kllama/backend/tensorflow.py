@@ -368,7 +368,7 @@ def variables_state(variables) -> list:
 
 def _hash(x):
     """Give a number of 32 bits that every element and its place have a part in."""
-    unsigned = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}[x.dtype.size]
+    unsigned = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}[x.dtype.size]  # two of them for 8 bytes
     bits = x if x.dtype == unsigned else tf.bitcast(x, unsigned)
     return _hash_program(unsigned)(tf.reshape(bits, (-1,)))
 

@@ -1,6 +1,7 @@
 """The primitives on PyTorch."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -318,9 +319,21 @@ def variables_state(variables) -> list:
 
 
 def _sum_bits(x):
-    """Give the sum, modulo 2 ** 64, of the integers that the bytes of `x` can be read as."""
-    data = x.reshape(-1).view(torch.uint8)
-    return data.view(torch.int64).sum() if len(data) % 8 == 0 else data.sum(dtype=torch.int64)
+    """Give a number of 64 bits that every byte of `x`, and its place, have a part in."""
+    # As it lies in memory, so that a transposed matrix is not copied.
+    data = x.permute(sorted(range(x.dim()), key=lambda axis: -x.stride(axis))).reshape(-1).view(torch.uint8)
+    if len(data) % 8 == 0:
+        data = data.view(torch.int64)
+    total, places = torch.zeros((), dtype=torch.int64, device=x.device), _places(x.device)
+    for block in data.split(len(places)):
+        total = total * 3 + (block * places[: len(block)]).sum()
+    return total
+
+
+@functools.cache
+def _places(device):
+    """Give the first odd numbers, by which the words of a block are multiplied."""
+    return torch.arange(1, 2**19, 2, device=device)
 
 
 def device_memory() -> int | None:

@@ -1,6 +1,7 @@
 """The compiled programs of a model, kept for the next call of `generate`."""
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 
 from kllama import backend
@@ -22,7 +23,8 @@ class Programs:
     """
 
     def __init__(self, variables: list, call_with_cache: Callable, generate_step: Callable):
-        self._variables, self._ids = variables, list(map(id, variables))
+        # The variables are not kept alive, and where one has gone, nor are programs that may hold its value.
+        self._variables = [weakref.ref(variable, lambda _: self._programs.clear()) for variable in variables]
         self._call_with_cache = call_with_cache
         self._generate_step = generate_step
         self._programs, self._lock = {}, threading.Lock()
@@ -33,7 +35,9 @@ class Programs:
 
     def are_for(self, variables: list, call_with_cache: Callable) -> bool:
         """Tell whether the programs were made for these very variables, and for this forward pass."""
-        return call_with_cache == self._call_with_cache and list(map(id, variables)) == self._ids
+        if call_with_cache != self._call_with_cache or len(variables) != len(self._variables):
+            return False
+        return all(own() is variable for own, variable in zip(self._variables, variables, strict=True))
 
     def get(self, settings: Hashable, function: Callable, **options) -> Callable:
         """Give the compiled form of a function, compiled at most once for the same settings.
@@ -47,7 +51,8 @@ class Programs:
         with self._lock:
             program = self._programs.pop(key, None)
             if program is None:
-                program = backend.compile_function(function, self._variables, **options)
+                variables = [variable() for variable in self._variables]
+                program = backend.compile_function(function, variables, **options)
             self._programs[key] = program  # the one used last is last
             if len(self._programs) > MAX_PROGRAMS:
                 del self._programs[next(iter(self._programs))]

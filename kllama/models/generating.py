@@ -24,6 +24,7 @@ from kllama.models.generate_arguments import (
     resolve_tokenizer,
 )
 from kllama.models.generate_options import GenerateOptions, SettledCall
+from kllama.models.llama_backbone import LlamaBackbone
 from kllama.models.memory import check_memory
 from kllama.models.prompts import checked, read_prompts
 from kllama.models.results import finish_call, join_results
@@ -86,13 +87,20 @@ def _resolve_loop(model, options: GenerateOptions) -> tuple:
             f"prompt_lookup_num_tokens ({options.prompt_lookup_num_tokens}) must be None with "
             f"{type(sampler).__name__}, which draws for itself: drafts are checked by what the settings draw."
         )
-    loop = "plain" if model._overrides("call_with_cache") else "engine"
+    loop = "plain" if _has_own_forward_pass(model) else "engine"
     if loop == "plain" and options.prompt_lookup_num_tokens is not None:
         raise ValueError(
-            f"prompt_lookup_num_tokens ({options.prompt_lookup_num_tokens}) must be None with a call_with_cache of "
-            "your own: a draft is checked by the model's own forward pass."
+            f"prompt_lookup_num_tokens ({options.prompt_lookup_num_tokens}) must be None with a cached forward "
+            "pass of your own: a draft is checked by the model's own forward pass."
         )
     return sampling, resolve_seed(options.seed, sampler, sampling), function, loop
+
+
+def _has_own_forward_pass(model) -> bool:
+    """Tell whether somebody's own code computes what comes next, of which the engine knows nothing."""
+    backbone, name = model.backbone, "run_layers_with_cache"
+    is_ours = getattr(type(backbone), name) is getattr(LlamaBackbone, name) and name not in vars(backbone)
+    return not is_ours or model._overrides("call_with_cache")
 
 
 def _batch_options(options: GenerateOptions):

@@ -123,7 +123,7 @@ def change_one_bit(array):
 
 
 @pytest.mark.parametrize("change", [flip_signs, swap_two, change_one_bit])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float64"])
 def test_the_state_of_variables_sees_every_change(change, dtype):
     values = np.random.default_rng(1).integers(-99, 99, (6, 4))
     variables = [keras.Variable(x, dtype=dtype, trainable=False) for x in (values, np.ones(3))]
@@ -141,3 +141,14 @@ def test_the_state_of_variables_sees_what_pytorch_does_not_count():
     version = variable.value._version
     variable.value.data.add_(1.0)
     assert variable.value._version == version and state != backend.variables_state([variable])
+
+
+@pytest.mark.only_on("torch")
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_the_state_of_variables_sees_another_order(is_transposed):
+    variable = keras.Variable(np.arange(600.0).reshape(20, 30))
+    if is_transposed:
+        variable.value.data = variable.value.data.T.contiguous().T
+    state = backend.variables_state([variable])
+    variable.value.data[10:] = variable.value.data[10:].flip(0).clone()
+    assert state != backend.variables_state([variable])

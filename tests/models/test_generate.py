@@ -161,6 +161,21 @@ def test_an_overridden_call_with_cache_is_used(random_model, token_ids):
     assert model.num_calls >= 1
 
 
+def test_an_overridden_forward_pass_of_the_backbone_is_used(random_model, token_ids):
+    class Reversed(kllama.LlamaBackbone):
+        def run_layers_with_cache(self, *arguments, **keywords):
+            hidden_states, cache = super().run_layers_with_cache(*arguments, **keywords)
+            return -hidden_states, cache
+
+    plain = random_model().backbone
+    backbone = Reversed.from_config(plain.get_config())
+    backbone.set_weights(plain.get_weights())
+    arguments = {"max_new_tokens": 1, "stop_token_ids": None, **GREEDY}
+    given = kllama.LlamaCausalLM(backbone).generate({"token_ids": token_ids}, **arguments)["token_ids"][:, -1]
+    logits = kllama.LlamaCausalLM(plain).predict({"token_ids": token_ids}, verbose=0)[:, -1]
+    assert given.tolist() == logits.argmin(-1).tolist()
+
+
 @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": False}])
 def test_ways_of_compiling(random_model, token_ids, options):
     model = random_model()

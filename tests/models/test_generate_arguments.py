@@ -258,6 +258,21 @@ class TestDict:
         np.testing.assert_allclose(output["log_probs"][:, 12:], expected, rtol=1e-4, atol=1e-4)
         assert output["log_probs"].dtype == "float32" and output["log_probs"].shape == output["token_ids"].shape
 
+    def test_processors_get_arrays_of_their_own(self, model, token_ids):
+        """On PyTorch a function may write to what it is given; what the model gave each token stays as it was."""
+
+        def forbid(token_ids, lengths, logits):
+            if not hasattr(logits, "index_fill_"):
+                return ops.where(ops.arange(300) < 290, -1e9, logits)
+            token_ids[:] = 0
+            logits[:, :290] = -1e9
+            return logits
+
+        arguments = {"max_new_tokens": 3, "stop_token_ids": None, "return_dict": True, **GREEDY}
+        output = model.generate({"token_ids": token_ids}, logits_processors=[forbid], **arguments)
+        assert output["token_ids"][:, 12:].min() >= 290
+        assert (output["log_probs"][:, 12:] < -1).all()
+
     def test_without_the_prompt(self, stories260k):
         arguments = {"max_new_tokens": 6, "return_dict": True, **GREEDY}
         whole = stories260k.generate(PROMPT, **arguments)

@@ -1,5 +1,8 @@
 """Compiled steps and optimizers when a model's variables are replaced: by LoRA, by quantisation, by new tokens."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from keras import ops
@@ -21,6 +24,16 @@ def with_lora(model):
 
 def with_int8(model):
     model.backbone.quantize("int8")
+
+
+def test_generating_keeps_no_kernel_alive(random_model, token_ids):
+    model = random_model()
+    model.generate({"token_ids": token_ids}, max_new_tokens=2, temperature=0)
+    kernel = weakref.ref(model.backbone.transformer_layers[0].self_attention.query._kernel)
+    with_int8(model)
+    gc.collect()
+    assert kernel() is None
+    model.generate({"token_ids": token_ids}, max_new_tokens=2, temperature=0)
 
 
 @pytest.mark.parametrize("change", [with_lora, with_int8])
