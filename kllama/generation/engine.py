@@ -106,7 +106,7 @@ def prefill(
         context = scaled_dot_product(query, key, value, masks[network.windows[layer]], is_causal=True)
         return context, kv_cache.make(key, value, num_slots)
 
-    hidden_states, caches = network.run(token_ids, positions, backend.reduce_max(lengths), attend)
+    hidden_states, caches = network.run(token_ids, positions, network.frequencies(backend.reduce_max(lengths)), attend)
     logits = network.logits(backend.take_last(hidden_states, lengths))
     if num_sequences > 1:
         logits, caches = backend.repeat_axis(logits, num_sequences, 0), kv_cache.repeat(caches, num_sequences, lengths)
@@ -167,7 +167,7 @@ def run_on(network: Network, caches: list, token_ids, start, length):
         written = kv_cache.write(caches[layer], key, value, start)
         return kv_cache.attend(query, written, visible[network.windows[layer]]), written
 
-    return network.run(token_ids, positions, length, attend)
+    return network.run(token_ids, positions, network.frequencies(length), attend)
 
 
 def decode(network: Network, state: State, inputs: Inputs, noise, num_steps, *, plan: Plan, num_tokens: int):
@@ -185,11 +185,12 @@ def decode(network: Network, state: State, inputs: Inputs, noise, num_steps, *, 
     Returns:
         `(state, Written of CHUNK columns)`.
     """
+    frequencies = network.frequencies(backend.reduce_max(inputs.lengths))
     start = state.num_new + 0  # a copy: that they are the same array in the first step alone is not to be compiled in
 
     def step(caches, rest):
         state, written = rest
-        hidden_states, caches = _run_last(network, state._replace(caches=caches), inputs.lengths)
+        hidden_states, caches = _run_last(network, state._replace(caches=caches), inputs.lengths, frequencies)
         logits = network.logits(hidden_states[:, 0])
         return caches, _give(state, written, logits, inputs, noise, state.num_new - start, plan, num_tokens)
 
@@ -204,7 +205,7 @@ def decode(network: Network, state: State, inputs: Inputs, noise, num_steps, *, 
     return state._replace(caches=caches), written
 
 
-def _run_last(network: Network, state: State, lengths):
+def _run_last(network: Network, state: State, lengths, frequencies):
     """Run the token that each row was given last through the network: `(hidden states (B, 1, D), caches)`."""
     index, first = state.num_new - 1, backend.reduce_max(lengths)
     num_slots = state.caches[0][0].shape[1]
@@ -214,7 +215,7 @@ def _run_last(network: Network, state: State, lengths):
         written = kv_cache.write(state.caches[layer], key, value, first + index)
         return kv_cache.attend(query, written, visible[network.windows[layer]]), written
 
-    return network.run(state.token[:, None], (lengths + index)[:, None], first, attend)
+    return network.run(state.token[:, None], (lengths + index)[:, None], frequencies, attend)
 
 
 def _begin(logits, caches, inputs, memory, noise, plan, num_tokens):

@@ -41,28 +41,29 @@ class Network:
         self._blocks = [_block(layer) for layer in backbone.transformer_layers]
         self.windows = backbone.windows
 
-    def run(self, token_ids, positions, length, attend: Callable) -> tuple:
+    def frequencies(self, length):
+        """Give the rotary frequencies for sequences of some length, int32 scalar; mostly the same for all."""
+        return self._rotary.frequencies(length, self._scale) if self._frequencies is None else self._frequencies
+
+    def run(self, token_ids, positions, frequencies, attend: Callable) -> tuple:
         """Run tokens through all blocks.
 
         Args:
             token_ids: int32 (B, T).
             positions: their absolute positions, int32 (1 or B, T).
-            length: int32 scalar, of the sequences that the rotary frequencies are for, where they depend on it.
+            frequencies: what `frequencies` gave.
             attend: function (query, key, value, number of the layer) -> (context, memory); see
                 `kllama.core.attention.attention`.
 
         Returns:
             `(hidden states (B, T, D), the memory of each layer)`.
         """
-        rotary = self._rotary.tables(positions, self._frequencies_for(length))
+        rotary = self._rotary.tables(positions, frequencies)
         x, memories = self._embed(token_ids), []
         for layer, block in enumerate(self._blocks):
             x, memory = block(x, rotary, functools.partial(attend, layer=layer))
             memories.append(memory)
         return x, memories
-
-    def _frequencies_for(self, length):
-        return self._rotary.frequencies(length, self._scale) if self._frequencies is None else self._frequencies
 
     def _embed(self, token_ids):
         layer = self._backbone.token_embedding

@@ -103,6 +103,8 @@ def _read_conversations(inputs, preprocessor) -> Prompts:
 def _tokenize(texts, preprocessor) -> list[np.ndarray]:
     if not texts:
         return []
+    if type(preprocessor).generate_preprocess is LlamaCausalLMPreprocessor.generate_preprocess:
+        return [np.array(ids, "int32") for ids in preprocessor.prompt_rows(texts)]
     # Wide enough for all of them: a token stands for at least a byte, and a normalizer makes at most 18 characters of
     # one. What is too long is told by `check_lengths`, or cut by `fit_prompts`.
     width = 18 * max(len(text.encode("utf-8", "replace")) for text in texts) + 16
