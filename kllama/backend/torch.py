@@ -69,6 +69,7 @@ RUNS_AHEAD = False
 """Whether calls return before they are computed; here operations on a CPU end before they return."""
 
 _FEW_NUMBERS = 256  # of a sorted row, that are looked at first
+_MIXER = 6364136223846793005  # of Knuth's MMIX: an odd number by which low bits change high ones
 # Rows, elements of a kernel and its columns, by measurement; see `_product`.
 _FEW_ROWS, _LARGE_KERNEL, _MANY_COLUMNS = 16, 2**16, 8192
 
@@ -325,8 +326,10 @@ def _sum_bits(x):
     if len(data) % 8 == 0:
         data = data.view(torch.int64)
     total, places = torch.zeros((), dtype=torch.int64, device=x.device), _places(x.device)
-    for block in data.split(len(places)):
-        total = total * 3 + (block * places[: len(block)]).sum()
+    for block in data.split(len(places)):  # so that memory stays bounded
+        words = block.long() * _MIXER
+        words ^= words >> 32  # The highest bits alone, signs say, would get lost in the products.
+        total = total * 3 + words.mul_(places[: len(block)]).sum()
     return total
 
 

@@ -158,7 +158,7 @@ def log_probability(logits, token):
 
 def _process(logits, index: int, processor: Callable, token_ids, lengths):
     # Copies: on PyTorch a function may write to what it is given.
-    result = processor(ops.copy(token_ids), lengths, ops.copy(logits))
+    result = processor(*map(ops.copy, (token_ids, lengths, logits)))
     if not ops.is_tensor(result):
         raise TypeError(f"logits_processors[{index}] gave {result!r}; expected a tensor of logits.")
     if tuple(result.shape) != tuple(logits.shape):

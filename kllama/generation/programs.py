@@ -1,5 +1,6 @@
 """The compiled programs of a model, kept for the next call of `generate`."""
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -46,14 +47,22 @@ class Programs:
             settings: what the function was made for.
             function: a pure function of arrays, for `backend.compile_function`.
             **options: those of `backend.compile_function`.
+
+        Returns:
+            Function `(*arrays)`, which keeps the variables alive: a stream may go on after a model has got others.
         """
         key = settings, *options.values()
+        variables = [variable for reference in self._variables if (variable := reference()) is not None]
         with self._lock:
             program = self._programs.pop(key, None)
             if program is None:
-                variables = [variable() for variable in self._variables]
                 program = backend.compile_function(function, variables, **options)
             self._programs[key] = program  # the one used last is last
             if len(self._programs) > MAX_PROGRAMS:
                 del self._programs[next(iter(self._programs))]
-        return program
+        return functools.partial(_run, program, variables)
+
+
+def _run(program: Callable, variables: list, *arrays):
+    del variables
+    return program(*arrays)

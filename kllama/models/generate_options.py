@@ -89,8 +89,8 @@ class SettledCall:
         sampling: how tokens are chosen, or None where the sampler runs a loop of its own.
         seed: of the random numbers; None where the sampler draws for itself.
         function: what the model's `make_generate_function` gave.
-        loop: `"engine"`, `"plain"` (an overridden `call_with_cache`) or `"protocol"` (a `generate_step` or a sampler
-            with a loop of its own).
+        loop: `"engine"`, `"plain"` (an overridden `call_with_cache` or `run_layers_with_cache`) or `"protocol"` (a
+            `generate_step` or a sampler with a loop of its own).
         tokenizer: what makes text of ids, or None without a preprocessor.
         options: what the caller said.
     """

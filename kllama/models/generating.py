@@ -98,9 +98,9 @@ def _resolve_loop(model, options: GenerateOptions) -> tuple:
 
 def _has_own_forward_pass(model) -> bool:
     """Tell whether somebody's own code computes what comes next, of which the engine knows nothing."""
-    backbone, name = model.backbone, "run_layers_with_cache"
-    is_ours = getattr(type(backbone), name) is getattr(LlamaBackbone, name) and name not in vars(backbone)
-    return not is_ours or model._overrides("call_with_cache")
+    backbone = model.backbone
+    is_ours = type(backbone).run_layers_with_cache is LlamaBackbone.run_layers_with_cache
+    return not is_ours or "run_layers_with_cache" in vars(backbone) or model._overrides("call_with_cache")
 
 
 def _batch_options(options: GenerateOptions):

@@ -144,11 +144,37 @@ def test_the_state_of_variables_sees_what_pytorch_does_not_count():
 
 
 @pytest.mark.only_on("torch")
+@pytest.mark.parametrize("rows", [[0, 2, 1, 3], [3, 2, 1, 0], [2, 3, 0, 1]])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_the_state_of_variables_sees_another_order(is_transposed):
-    variable = keras.Variable(np.arange(600.0).reshape(20, 30))
+def test_the_state_of_variables_sees_another_order(is_transposed, dtype, rows):
+    variable = keras.Variable([[1.0, 7.0], [1.0, -7.0], [2.0, 0.0], [2.0, -0.0]], dtype=dtype)
     if is_transposed:
         variable.value.data = variable.value.data.T.contiguous().T
     state = backend.variables_state([variable])
-    variable.value.data[10:] = variable.value.data[10:].flip(0).clone()
+    variable.value.data[:] = variable.value.data[rows]
     assert state != backend.variables_state([variable])
+    variable.value.data[:] = variable.value.data[np.argsort(rows).tolist()]
+    assert state == backend.variables_state([variable])
+
+
+@pytest.mark.only_on("torch")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_state_of_variables_sees_other_signs(dtype):
+    variable = keras.Variable(np.arange(8.0), dtype=dtype)
+    state = backend.variables_state([variable])
+    variable.value.data.neg_()
+    assert state != backend.variables_state([variable])
+
+
+@pytest.mark.only_on("torch")
+def test_the_state_of_variables_copies_no_transposed_kernel():
+    from torch.profiler import profile
+
+    variable = keras.Variable(np.ones((1024, 2048), "float32"))
+    variable.value.data = variable.value.data.T.contiguous().T
+    backend.variables_state([variable])
+    with profile(profile_memory=True) as run:
+        backend.variables_state([variable])
+    largest = max(event.self_cpu_memory_usage for event in run.events())
+    assert 0 < largest < 4 * 1024 * 2048

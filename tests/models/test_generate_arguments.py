@@ -264,8 +264,7 @@ class TestDict:
         def forbid(token_ids, lengths, logits):
             if not hasattr(logits, "index_fill_"):
                 return ops.where(ops.arange(300) < 290, -1e9, logits)
-            token_ids[:] = 0
-            logits[:, :290] = -1e9
+            token_ids[:], lengths[:], logits[:, :290] = 0, 0, -1e9
             return logits
 
         arguments = {"max_new_tokens": 3, "stop_token_ids": None, "return_dict": True, **GREEDY}
