@@ -25,6 +25,7 @@ __all__ = [
     "concrete",
     "constant",
     "cos",
+    "cross_entropy",
     "cumsum",
     "device_memory",
     "einsum",
@@ -52,6 +53,7 @@ __all__ = [
     "round",
     "run_steps",
     "run_while",
+    "scan",
     "shape",
     "sin",
     "slot_attention",
@@ -134,6 +136,36 @@ def matmul_float32(x, kernel, transpose: bool = False):
 def matmul_int32(x, kernel, transpose: bool = False):
     """Multiply int8 (..., D) by int8 (D, F), or by the transpose of (F, D): exact int32 sums."""
     return _product(x, kernel, transpose, "int32")
+
+
+def cross_entropy(logits, labels):
+    """Compare logits float32 (M, V), which are used up, with labels int32 (M,).
+
+    Returns:
+        `(losses float32 (M,) in nats, bool (M,) whether the label's logit is the first of the largest, gradient of each
+        loss by its logits float32 (M, V))`.
+    """
+    largest = jnp.max(logits, -1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    normalizer = jnp.sum(exponentials, -1, keepdims=True)
+    is_label = jnp.arange(logits.shape[-1], dtype="int32")[None] == labels[:, None]
+    of_label = jnp.sum(jnp.where(is_label, logits - largest, 0.0), -1)
+    slope = exponentials / normalizer - is_label
+    return jnp.log(normalizer[:, 0]) - of_label, argmax(logits) == labels, slope
+
+
+def scan(function, carry, xs: tuple) -> tuple:
+    """Give `(carry, ys)` after `carry, y = function(carry, x)` was done for each x, in order.
+
+    Args:
+        function: function (carry, tuple of arrays) -> (carry, float32 array).
+        carry: nested arrays.
+        xs: tuple of arrays (n, ...).
+
+    Returns:
+        The last carry, and the arrays that were given, (n, ...).
+    """
+    return jax.lax.scan(function, carry, xs)
 
 
 @one_program("is_causal")

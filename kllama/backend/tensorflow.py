@@ -25,6 +25,7 @@ __all__ = [
     "concrete",
     "constant",
     "cos",
+    "cross_entropy",
     "cumsum",
     "device_memory",
     "einsum",
@@ -52,6 +53,7 @@ __all__ = [
     "round",
     "run_steps",
     "run_while",
+    "scan",
     "shape",
     "sin",
     "slot_attention",
@@ -141,6 +143,44 @@ def matmul_int32(x, kernel, transpose: bool = False):
         return tf.matmul(x, kernel, transpose_b=transpose, output_type=tf.int32)
 
     return apply_to_rows(multiply, x, len(x.shape) - 1)
+
+
+def cross_entropy(logits, labels):
+    """Compare logits float32 (M, V), which are used up, with labels int32 (M,).
+
+    Returns:
+        `(losses float32 (M,) in nats, bool (M,) whether the label's logit is the first of the largest, gradient of each
+        loss by its logits float32 (M, V))`.
+    """
+    largest = tf.reduce_max(logits, -1, keepdims=True)
+    exponentials = tf.exp(logits - largest)
+    normalizer = tf.reduce_sum(exponentials, -1, keepdims=True)
+    is_label = tf.range(logits.shape[-1], dtype="int32")[None] == labels[:, None]
+    of_label = tf.reduce_sum(tf.where(is_label, logits - largest, 0.0), -1)
+    slope = exponentials / normalizer - tf.cast(is_label, "float32")
+    return tf.math.log(normalizer[:, 0]) - of_label, argmax(logits) == labels, slope
+
+
+def scan(function, carry, xs: tuple) -> tuple:
+    """Give `(carry, ys)` after `carry, y = function(carry, x)` was done for each x, in order.
+
+    Args:
+        function: function (carry, tuple of arrays) -> (carry, float32 array).
+        carry: nested arrays.
+        xs: tuple of arrays (n, ...).
+
+    Returns:
+        The last carry, and the arrays that were given, (n, ...).
+    """
+    length = tf.shape(xs[0])[0]
+    ys = tf.TensorArray("float32", length)
+
+    def step(index, carry, ys):
+        carry, y = function(carry, tuple(x[index] for x in xs))
+        return index + 1, carry, ys.write(index, y)
+
+    _, carry, ys = tf.while_loop(lambda index, *_: index < length, step, (0, carry, ys), maximum_iterations=length)
+    return carry, ys.stack()
 
 
 def concrete(x) -> np.ndarray | None:

@@ -24,6 +24,7 @@ __all__ = [
     "concrete",
     "constant",
     "cos",
+    "cross_entropy",
     "cumsum",
     "device_memory",
     "einsum",
@@ -51,6 +52,7 @@ __all__ = [
     "round",
     "run_steps",
     "run_while",
+    "scan",
     "shape",
     "sin",
     "slot_attention",
@@ -159,6 +161,40 @@ def fused_attention(query, key, value, mask=None, is_causal: bool = False):
     grouped = query.shape[1] != key.shape[1]
     context = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=grouped)
     return context.transpose(1, 2)
+
+
+def cross_entropy(logits, labels):
+    """Compare logits float32 (M, V), which are used up, with labels int32 (M,).
+
+    Returns:
+        `(losses float32 (M,) in nats, bool (M,) whether the label's logit is the first of the largest, gradient of each
+        loss by its logits float32 (M, V))`.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    hits = argmax(logits) == labels
+    log_probabilities = torch.log_softmax(logits, -1, out=logits)
+    losses = -log_probabilities[rows, labels]
+    slope = log_probabilities.exp_()
+    slope[rows, labels] -= 1
+    return losses, hits, slope
+
+
+def scan(function, carry, xs: tuple) -> tuple:
+    """Give `(carry, ys)` after `carry, y = function(carry, x)` was done for each x, in order.
+
+    Args:
+        function: function (carry, tuple of arrays) -> (carry, float32 array).
+        carry: nested arrays.
+        xs: tuple of arrays (n, ...).
+
+    Returns:
+        The last carry, and the arrays that were given, (n, ...).
+    """
+    ys = []
+    for rows in zip(*xs, strict=True):
+        carry, y = function(carry, rows)
+        ys.append(y)
+    return carry, torch.stack(ys)
 
 
 def concrete(x) -> np.ndarray | None:

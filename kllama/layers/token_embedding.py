@@ -83,13 +83,28 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
             trainable=variable.trainable,
         )
 
+    @property
+    def head_variable(self) -> keras.Variable:
+        """The variable of the head: the table, where it is tied."""
+        return self._embeddings if self.tie_weights else self.reverse_embeddings
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the head is a product with its variable: not quantised, and without LoRA matrices."""
+        return self.quantization_mode is None and not (self.tie_weights and self.lora_enabled)
+
+    def head_kernel(self, dtype):
+        """Give the kernel of a plain head, (D, V), or (V, D) where it is tied, in some dtype."""
+        # Keras' embedding layers switch off the automatic cast of their weights.
+        return backend.cast(keras.ops.convert_to_tensor(self.head_variable), dtype)
+
     def call(self, inputs, reverse=False):
         if not reverse:
             return super().call(inputs)
-        head = self.embeddings if self.tie_weights else self.reverse_embeddings.value
-        # Keras' embedding layers switch off the automatic cast of their weights.
-        head = backend.cast(keras.ops.convert_to_tensor(head), inputs.dtype)
-        return backend.matmul_float32(inputs, head, transpose=self.tie_weights)
+        if self.has_plain_head:
+            return backend.matmul_float32(inputs, self.head_kernel(inputs.dtype), transpose=self.tie_weights)
+        table = backend.cast(keras.ops.convert_to_tensor(self.embeddings), inputs.dtype)  # with its LoRA matrices
+        return backend.matmul_float32(inputs, table, transpose=True)
 
     def quantize(self, mode=None, type_check=True, config=None):
         """Quantise the table and an untied head; as in `keras.layers.ReversibleEmbedding`, which refuses subclasses."""
