@@ -1,7 +1,7 @@
 """The half of the language model that learns: `fit`, `evaluate` and `predict`, and the steps that they make.
 
-Data is prepared by `kllama.training`. Nothing here writes text, loads or saves. The base class of `LlamaCausalLM`, on top
-of the half that writes: Keras allows a functional model no second line of base classes.
+Data is prepared by `kllama.training`. Nothing here writes text, loads or saves. The base class of `LlamaCausalLM`, and
+built upon the half that writes: Keras allows a functional model no second line of base classes.
 """
 
 import contextlib
