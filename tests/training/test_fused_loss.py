@@ -78,7 +78,7 @@ def test_training_is_that_of_logits(name, calls):
     results = []
     for make in (Plain, kllama.LlamaCausalLM):
         model = build(make, **MODELS[name])
-        model.compile(keras.optimizers.SGD(0.1))
+        model.compile(keras.optimizers.SGD(0.03))
         history = model.fit(x, y, BATCH_SIZE, weights, epochs=2, shuffle=False, verbose=0).history
         evaluated = model.evaluate(x, y, BATCH_SIZE, weights, verbose=0, return_dict=True)
         results.append((history, evaluated, [ops.convert_to_numpy(v) for v in model.trainable_variables]))
@@ -87,11 +87,14 @@ def test_training_is_that_of_logits(name, calls):
     (plain, plain_end, plain_weights), (history, end, weights) = results
     tolerance = 1e-5 if name != "bfloat16" else 2e-2
     for metric, values in plain.items():
-        of_metric = tolerance if metric == "loss" else 10 * tolerance
-        np.testing.assert_allclose(history[metric], values, rtol=of_metric, err_msg=metric)
-        np.testing.assert_allclose(end[metric], plain_end[metric], rtol=of_metric, err_msg=metric)
+        # Of 230 labels one or two may be hits by a rounding; `linear_cross_entropy` has tests of its own.
+        is_share = metric == "sparse_categorical_accuracy"
+        tolerances = {"rtol": 0 if is_share else 10 * tolerance, "atol": 0.03 if is_share else 0}
+        np.testing.assert_allclose(history[metric], values, err_msg=metric, **tolerances)
+        np.testing.assert_allclose(end[metric], plain_end[metric], err_msg=metric, **tolerances)
+    np.testing.assert_allclose(history["loss"], plain["loss"], rtol=tolerance)
     for ours, theirs in zip(weights, plain_weights, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=6 * tolerance * np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
     assert plain["loss"][1] < plain["loss"][0]
 
 
